@@ -1,0 +1,36 @@
+"What all tests share."
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tools")]
+
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPORT = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    config.stash[REPORT] = []
+
+
+@pytest.fixture
+def report(request):
+    "Lines printed after the tests, whether they pass or fail."
+    return request.config.stash[REPORT]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash[REPORT]:
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The root of the repository."
+    return ROOT
