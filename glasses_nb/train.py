@@ -465,9 +465,13 @@ def _check_matches(model, optimizer, scheduler, accelerator, batch_size):
     if batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size={batch_size} cannot be shared by {accelerator.num_processes} processes")
 
-# %% ../nbs/03_train.ipynb #988eb5d2
-def _check_options(clip_norm, evaluate, evaluate_every, folder, save_every):
+# %% ../nbs/03_train.ipynb #371d1efe
+def _check_options(steps, start, seed, clip_norm, evaluate, evaluate_every, folder, save_every):
     "Options that make sense, alone and together; the folder can be made."
+    if start >= steps:
+        raise ValueError(f"steps={steps} is the number of the last step and must be above start={start}")
+    if seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got {seed}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be above 0, or None for no clipping, got {clip_norm}")
     if save_every is not None and folder is None:
@@ -482,36 +486,49 @@ def _check_options(clip_norm, evaluate, evaluate_every, folder, save_every):
         raise ValueError(f"folder {str(folder)!r} cannot be made: {error}") from error
     return Path(folder)
 
-# %% ../nbs/03_train.ipynb #e8e2d25d
-def _batches(run, data, collate_fn, first, steps):
-    "The run's batches from step `first` on, this process's share of each."
+# %% ../nbs/03_train.ipynb #f64f6cff
+@contextmanager
+def _open_run(model, optimizer, scheduler, accelerator, mixed_precision, folder, settings):
+    "A run at its first step, or at its newest checkpoint."
+    if isinstance(scheduler, AcceleratedScheduler):
+        scheduler = scheduler.scheduler  # that one may step once per process
+    raw = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    with _session(accelerator, mixed_precision) as accelerator:
+        _check_matches(model, raw, scheduler, accelerator, settings["batch_size"])
+        settings = _settings(model, raw, scheduler, processes=accelerator.num_processes,
+                             mixed_precision=accelerator.mixed_precision, **settings)
+        seed = stream_seed(settings["seed"], 1, settings["start"], accelerator.process_index)
+        prepared = _wrapped(accelerator, model, optimizer)
+        with prepared as (model_, optimizer_), own_random_numbers(seed, accelerator.device):
+            sharded = accelerator.distributed_type == DistributedType.FSDP
+            run = _Run(accelerator, model_ if sharded else model, model_, optimizer_, scheduler,
+                       folder, settings, settings["start"])
+            run.optimizer.zero_grad()
+            if folder is not None:
+                _load(run)
+            yield run
+
+
+def _batches(run, data, collate_fn):
+    "The batches that are left, this process's share of each."
     accelerator, settings = run.accelerator, run.settings
-    order = BatchOrder(len(data), settings["batch_size"], settings["seed"], first, steps,
+    order = BatchOrder(len(data), settings["batch_size"], settings["seed"], run.step, settings["steps"],
                        accelerator.process_index, accelerator.num_processes)
-    generator = torch.Generator()  # the loader draws a number on its own, from here
-    return DataLoader(data, batch_sampler=order, collate_fn=collate_fn, generator=generator)
+    own = torch.Generator()  # the loader draws a number, which should not come from the run's
+    return DataLoader(data, batch_sampler=order, collate_fn=collate_fn, generator=own)
+
+# %% ../nbs/03_train.ipynb #47422c0a
+def _bar(run, progress):
+    "A progress bar on the main process, unless it is not wanted."
+    shown = progress and run.accelerator.is_main_process and not os.environ.get("IN_TEST")
+    return tqdm(total=run.settings["steps"], initial=run.step, unit="step", disable=not shown)
 
 
 def _is_due(step, every, steps):
     "Every so many steps, and at the last."
     return step == steps or (every is not None and step % every == 0)
 
-
-def _steps(run, batches, loss, clip_norm, steps, evaluate, evaluate_every, save_every, keep, log_every, bar):
-    "Go through `batches`."
-    for batch in batches:
-        step = run.step + 1
-        measured = evaluate is not None and _is_due(step, evaluate_every, steps)
-        due = measured or _is_due(step, log_every, steps)
-        rates = _advance(run, batch, loss, clip_norm, due)
-        if due:
-            _write_row(run, rates, _evaluate(run, evaluate) if measured else {})
-            bar.set_postfix(loss=f"{run.rows[-1]['loss']:.4g}", refresh=False)
-        bar.update(1)
-        if run.folder is not None and _is_due(step, save_every, steps):
-            _save(run, keep)
-
-# %% ../nbs/03_train.ipynb #b102dfa8
+# %% ../nbs/03_train.ipynb #2e1941dd
 def train(
     model: torch.nn.Module,           # trained in place; left as after the last step
     optimizer: torch.optim.Optimizer,  # over the model's parameters
@@ -539,28 +556,19 @@ def train(
     _check_numbers(steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0), start=(start, 0), keep=(keep, 1),
                    evaluate_every=(evaluate_every, 1), save_every=(save_every, 1), log_every=(log_every, 1))
     _check_data(data, batch_size)
-    if start >= steps:
-        raise ValueError(f"steps={steps} is the number of the last step and must be above start={start}")
-    folder = _check_options(clip_norm, evaluate, evaluate_every, folder, save_every)
-    scheduler = scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
-    raw = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    with _session(accelerator, mixed_precision) as accelerator:
-        _check_matches(model, raw, scheduler, accelerator, batch_size)
-        settings = _settings(
-            model, raw, scheduler, seed=int(seed), start=int(start), steps=int(steps),
-            batch_size=int(batch_size), clip_norm=clip_norm, rows=len(data),
-            mixed_precision=accelerator.mixed_precision, processes=accelerator.num_processes)
-        own = stream_seed(seed, 1, start, accelerator.process_index)
-        with _wrapped(accelerator, model, optimizer) as (model_, optimizer_), \
-                own_random_numbers(own, accelerator.device):
-            sharded = accelerator.distributed_type == DistributedType.FSDP
-            run = _Run(accelerator, model_ if sharded else model, model_, optimizer_, scheduler, folder,
-                       settings, start)
-            run.optimizer.zero_grad()
-            if folder is not None:
-                _load(run)
-            hidden = not progress or not accelerator.is_main_process or bool(os.environ.get("IN_TEST"))
-            with tqdm(total=steps, initial=run.step, unit="step", disable=hidden) as bar:
-                _steps(run, _batches(run, data, collate_fn, run.step, steps), loss, clip_norm, steps,
-                       evaluate, evaluate_every, save_every, keep, log_every, bar)
+    folder = _check_options(steps, start, seed, clip_norm, evaluate, evaluate_every, folder, save_every)
+    settings = dict(seed=int(seed), start=int(start), steps=int(steps), batch_size=int(batch_size),
+                    clip_norm=clip_norm, rows=len(data))
+    with (_open_run(model, optimizer, scheduler, accelerator, mixed_precision, folder, settings) as run,
+          _bar(run, progress) as bar):
+        for batch in _batches(run, data, collate_fn):
+            measured = evaluate is not None and _is_due(run.step + 1, evaluate_every, steps)
+            due = measured or _is_due(run.step + 1, log_every, steps)
+            rates = _advance(run, batch, loss, clip_norm, due)
+            if due:
+                _write_row(run, rates, _evaluate(run, evaluate) if measured else {})
+                bar.set_postfix(loss=f"{run.rows[-1]['loss']:.4g}", refresh=False)
+            bar.update(1)
+            if folder is not None and _is_due(run.step, save_every, steps):
+                _save(run, keep)
     return pd.DataFrame(run.rows)

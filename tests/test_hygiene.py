@@ -1,4 +1,5 @@
 "The house rules that a machine can check: modules, notebooks, stored outputs."
+
 import ast
 import importlib
 import inspect
@@ -271,8 +272,13 @@ def output_texts(cell):
         yield "".join(output.get("text", []))
         for mime, data in output.get("data", {}).items():
             if not mime.startswith("image/"):
-                yield "".join(data) if isinstance(data, list) else json.dumps(data) \
-                    if not isinstance(data, str) else data
+                yield (
+                    "".join(data)
+                    if isinstance(data, list)
+                    else json.dumps(data)
+                    if not isinstance(data, str)
+                    else data
+                )
 
 
 def test_stored_outputs_are_clean():
@@ -322,7 +328,9 @@ def test_every_plot_function_is_called_somewhere():
     called = set()
     for source in sources:
         called |= set(re.findall(r"(?<!def )\b([a-z_]\w*)\(", source))
-    names = {n.rpartition(".")[2] for n, o in public_objects("glasses_nb.plot") if inspect.isfunction(o)}
+    names = {
+        n.rpartition(".")[2] for n, o in public_objects("glasses_nb.plot") if inspect.isfunction(o)
+    }
     assert not names - called
 
 
@@ -349,7 +357,17 @@ def test_nothing_is_left_to_do_and_no_machine_is_named():
 
 def test_top_level_of_the_repository():
     known = {
-        "nbs", "glasses_nb", "tests", "tools", "settings.ini", "setup.py", "README.md", "LICENSE",
-        "Makefile", "constraints.txt", ".ci", ".gitignore",
+        "nbs",
+        "glasses_nb",
+        "tests",
+        "tools",
+        "settings.ini",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "Makefile",
+        "constraints.txt",
+        ".ci",
+        ".gitignore",
     }
     assert {p.relative_to(ROOT).parts[0] for p in tracked_files()} <= known

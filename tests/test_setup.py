@@ -2,6 +2,7 @@
 
 A stand-in for Python plays the interpreter, so that nothing is downloaded.
 """
+
 import os
 import shutil
 import stat
@@ -149,7 +150,10 @@ def test_make_without_a_target_lists_the_targets():
 
 def test_artifacts_wants_a_paper_it_knows(tmp_path):
     done = subprocess.run(
-        ["make", "-o", "setup", "artifacts", "PAPER=none"], cwd=ROOT, capture_output=True,
-        text=True, env=dict(os.environ, MAKEFLAGS=""),
+        ["make", "-o", "setup", "artifacts", "PAPER=none"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, MAKEFLAGS=""),
     )
     assert done.returncode != 0 and "tools/artifacts/none.py" in done.stderr

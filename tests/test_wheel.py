@@ -1,4 +1,5 @@
 "The wheel in an empty environment: core dependencies alone are enough."
+
 import importlib.metadata
 import shutil
 import subprocess
@@ -28,8 +29,18 @@ def wheel(tmp_path_factory):
             shutil.copy2(ROOT / name, tree)
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "glasses_nb", tree / "glasses_nb", ignore=skip)
-    done = run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
-               "-w", out, tree)
+    done = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        out,
+        tree,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.glob("glasses_nb-*.whl")
     return built
@@ -71,8 +82,11 @@ def core_env(wheel, tmp_path_factory):
     done = run(sys.executable, "-m", "venv", "--without-pip", env)
     assert done.returncode == 0, done.stderr
     python = env / "bin" / "python"
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])")
-                .stdout.strip())
+    site = Path(
+        run(
+            python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+        ).stdout.strip()
+    )
     done = run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel)
     assert done.returncode == 0, done.stdout + done.stderr
     (info,) = site.glob("glasses_nb-*.dist-info")
@@ -103,8 +117,9 @@ def test_shipped_files_are_in_the_wheel(core_env):
     code = "import glasses_nb; print(glasses_nb.__path__[0])"
     installed = Path(run(core_env, "-c", code, cwd="/").stdout.strip())
     tree = ROOT / "glasses_nb"
-    shipped = {p.relative_to(tree) for p in tree.rglob("*")
-               if p.is_file() and "__pycache__" not in p.parts}
+    shipped = {
+        p.relative_to(tree) for p in tree.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
     missing = sorted(str(p) for p in shipped if not (installed / p).exists())
     assert not missing
     assert sum((tree / p).stat().st_size for p in shipped) < 25e6

@@ -2,6 +2,7 @@
 
 Nothing is run: pages show the outputs that the notebooks store. Warnings are errors.
 """
+
 import argparse
 import ast
 import importlib
@@ -21,21 +22,31 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the tools beside this one, and the package
 
 import showdoc  # noqa: E402
-from execnb.nbio import read_nb  # noqa: E402
+from execnb.nbio import mk_cell, read_nb  # noqa: E402
 from nbdev.config import get_config  # noqa: E402
 from nbdev.doclinks import nbglob  # noqa: E402
 from nbdev.processors import FilterDefaults, _default_exp  # noqa: E402
 
 CALLOUTS = ("note", "tip", "warning", "important", "caution")
 OPTION = re.compile(r"^#\|\s*([\w-]+)\s*:\s*(.*?)\s*$")
+SHOWN = re.compile(r"^show_doc\(([\w.]+)\)", flags=re.M)
 FENCE = re.compile(r"^\s*(```+|~~~+)")
 # `name`, `module.name` or `name()`, not yet a link, not part of a longer run of backticks
 SYMBOL = re.compile(r"(?<![\[`\w])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])")
-DROPPED = {"insert_warning", "clean_show_doc", "exec_show_docs", "add_links", "add_fold"}
+DROPPED = {
+    "insert_warning",
+    "add_show_docs",
+    "clean_show_doc",
+    "exec_show_docs",
+    "add_links",
+    "add_fold",
+    "mv_exports",
+    "populate_language",
+}
 
 
 class PageProcs(FilterDefaults):
-    "nbdev's processors, without those that run cells or link to hosts."
+    "nbdev's processors, without those that run cells, place `show_doc` cells or link to hosts."
 
     def base_procs(self):
         return [p for p in super().base_procs() if p.__name__ not in DROPPED]
@@ -63,14 +74,14 @@ def split_options(source):
 
 def outside_fences(md, change):
     "Apply `change` to the lines of `md` that are not inside a fenced block of code."
-    out, fence = [], None
+    out, fences = [], []  # open fences: mark, and whether it holds code or a directive
     for line in md.splitlines():
         mark = FENCE.match(line)
-        if mark and fence is None and "{" not in line:
-            fence = mark[1]
-        elif mark and fence and line.strip().startswith(fence):
-            fence = None
-        elif fence is None:
+        if mark and fences and line.strip() == fences[-1][0]:
+            fences.pop()
+        elif mark and not any(is_code for _, is_code in fences):
+            fences.append((mark[1], "{" not in line))
+        elif not any(is_code for _, is_code in fences):
             line = change(line)
         out.append(line)
     return "\n".join(out)
@@ -99,6 +110,29 @@ def to_myst(md):
     md = re.sub(r"\$\$\s*\{#(eq-[\w-]+)\}\s*$", r"$$ (\1)", md, flags=re.M)
     md = re.sub(r"(?<![\w`@])@(eq-[\w-]+)", r"{eq}`\1`", md)
     return re.sub(r'\{target="_blank"[^}]*\}', "", md)
+
+
+def defined_names(source):
+    "Public functions and classes that a cell defines."
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    code = "\n".join("" if s.startswith(("%", "!")) else s for s in source.splitlines())
+    return [n.name for n in ast.parse(code).body if isinstance(n, kinds) and n.name[0] != "_"]
+
+
+def add_show_docs(nb):
+    "A `show_doc` cell before each exported cell, for names that the page does not show itself."
+    shown = {m for c in nb.cells for m in SHOWN.findall(text(c.source)) if c.cell_type == "code"}
+    cells = []
+    for cell in nb.cells:
+        source = text(cell.source)
+        marks = re.findall(r"^#\|\s*([\w-]+)", source, flags=re.M)
+        if cell.cell_type == "code" and {"export", "exports"} & set(marks) and "hide" not in marks:
+            for name in defined_names(source):
+                if name not in shown:
+                    shown.add(name)
+                    cells.append(mk_cell(f"show_doc({name})"))
+        cells.append(cell)
+    nb.cells = cells
 
 
 def page_of(notebook):
@@ -163,8 +197,9 @@ class Site:
                     twice.add(short)
                 names[short] = full
         modules = {m.__name__ for m in self.modules.values()}
-        spoiled = twice | {s for s, full in names.items() if full.rsplit(".", 1)[0] not in modules
-                           and "." not in s}  # a bare method name says too little
+        spoiled = twice | {
+            s for s, full in names.items() if full.rsplit(".", 1)[0] not in modules and "." not in s
+        }  # a bare method name says too little
         return {s: full for s, full in names.items() if s not in spoiled}
 
     def link_to(self, label, full, page):
@@ -205,7 +240,7 @@ class Site:
     def shown_names(self, nb):
         "Names whose documentation a processed notebook shows."
         cells = (text(c.source) for c in nb.cells if c.cell_type == "code")
-        return {m[1] for s in cells for m in re.finditer(r"^show_doc\(([\w.]+)\)", s, flags=re.M)}
+        return {name for s in cells for name in SHOWN.findall(s)}
 
     # -- pages
 
@@ -215,7 +250,9 @@ class Site:
         out = [f"# {front['title']}"]
         if front.get("description"):
             out.append(f"```{{div}} lead\n{self.links(front['description'], source)}\n```")
-        get = [f"{{download}}`Download notebook <{self.relative(Path('_notebooks') / source, page)}>`"]
+        get = [
+            f"{{download}}`Download notebook <{self.relative(Path('_notebooks') / source, page)}>`"
+        ]
         if module:
             api = self.relative(Path("api") / f"{module.__name__}.md", page)
             get.append(f"[`{module.__name__}`]({api})")
@@ -239,8 +276,11 @@ class Site:
         if brief:
             return "\n\n".join(out)
         signature = showdoc.signature_text(obj, name.split(".")[-1], 72)
-        body = [f"```python\n{signature}\n```", self.links(showdoc.docstring(obj), source),
-                showdoc.parameter_table(obj)]
+        body = [
+            f"```python\n{signature}\n```",
+            self.links(showdoc.docstring(obj), source),
+            showdoc.parameter_table(obj),
+        ]
         out += [":::::{div} api-block", *(b for b in body if b), ":::::"]
         return "\n\n".join(out)
 
@@ -294,8 +334,14 @@ class Site:
                 image["width"] = f"{width}px"
         if image:
             look["image"] = image
-        return dict(cell_type="code", id=name, metadata=dict(tags=tags, mystnb=look), source=code,
-                    outputs=outputs, execution_count=None)
+        return dict(
+            cell_type="code",
+            id=name,
+            metadata=dict(tags=tags, mystnb=look),
+            source=code,
+            outputs=outputs,
+            execution_count=None,
+        )
 
     def page(self, source, nb):
         "Write one page."
@@ -303,7 +349,7 @@ class Site:
         front, cells = dict(title=page.stem), []
         for n, cell in enumerate(nb.cells):
             code, name = text(cell.source), cell.get("id", f"cell-{n}")
-            shown = re.findall(r"^show_doc\(([\w.]+)\)", code, flags=re.M)
+            shown = SHOWN.findall(code) if cell.cell_type == "code" else []
             if cell.cell_type == "raw":
                 if code.startswith("---"):
                     front.update(yaml.safe_load(code.strip().strip("-")) or {})
@@ -311,8 +357,10 @@ class Site:
                 cells.append(md_cell(name, self.links(to_myst(code), source)))
             elif shown:
                 defined = re.compile(rf"^(async def|def|class) {shown[0]}\b", flags=re.M)
-                brief = any(defined.search(text(c.source)) for c in nb.cells[n + 1:n + 6])
-                cells += [md_cell(f"{name}-{s}", self.symbol_block(s, source, brief)) for s in shown]
+                brief = any(defined.search(text(c.source)) for c in nb.cells[n + 1 : n + 4])
+                cells += [
+                    md_cell(f"{name}-{s}", self.symbol_block(s, source, brief)) for s in shown
+                ]
             else:
                 made = self.code_cell(cell, name, source)
                 if made:
@@ -367,7 +415,7 @@ class Site:
 
     def api_entry(self, full, module, here):
         "One symbol of the reference."
-        obj, name = self.symbols[full], full[len(module.__name__) + 1:]
+        obj, name = self.symbols[full], full[len(module.__name__) + 1 :]
         plain = getattr(obj, "fget", None) or getattr(obj, "__func__", obj)
         is_method = "." in name
         kind = "class" if inspect.isclass(obj) else "method" if is_method else "function"
@@ -377,8 +425,11 @@ class Site:
         if isinstance(obj, (classmethod, staticmethod)):
             option = f":{type(obj).__name__}:\n"
         signature = "" if kind == "property" else showdoc.signature_text(plain, width=10**6)
-        body = [f"::::{{py:{kind}}} {name}{signature}\n{option}",
-                self.links(showdoc.docstring(plain), here), showdoc.parameter_table(plain)]
+        body = [
+            f"::::{{py:{kind}}} {name}{signature}\n{option}",
+            self.links(showdoc.docstring(plain), here),
+            showdoc.parameter_table(plain),
+        ]
         source = next(s for s, m in self.modules.items() if m is module)
         if name.lower() in self.anchors[source]:
             page = self.relative(self.pages[source], here)
@@ -393,17 +444,28 @@ class Site:
             name, lead = module.__name__, self.leads[source]
             prefix = name + "."
             here = Path("api") / f"{name}.md"
-            known = [f for f in self.symbols if f.startswith(prefix)
-                     and f[len(prefix):].partition(".")[0] in getattr(module, "__all__", [])]
-            lines = [f"# {name.removeprefix(self.lib + '.')}", f"```{{py:module}} {name}\n```",
-                     self.links(lead, here)]
+            known = [
+                f
+                for f in self.symbols
+                if f.startswith(prefix)
+                and f[len(prefix) :].partition(".")[0] in getattr(module, "__all__", [])
+            ]
+            lines = [
+                f"# {name.removeprefix(self.lib + '.')}",
+                f"```{{py:module}} {name}\n```",
+                self.links(lead, here),
+            ]
             lines += [self.api_entry(full, module, here) for full in known]
-            (self.out / here).write_text("\n\n".join(o for o in lines if o) + "\n", encoding="utf-8")
+            (self.out / here).write_text(
+                "\n\n".join(o for o in lines if o) + "\n", encoding="utf-8"
+            )
             names.append(name)
             rows.append(f"| [`{name}`]({name}.md) | {' '.join(lead.split())} |")
         table = "| Module | What it holds |\n|:--|:--|\n" + "\n".join(rows)
         toc = "```{toctree}\n:hidden:\n\n" + "\n".join(names) + "\n```\n"
-        intro = "Every public function and class, with the signature and the meaning of each parameter."
+        intro = (
+            "Every public function and class, with the signature and the meaning of each parameter."
+        )
         page = f"# API\n\n{intro}\n\n{table}\n\n{toc}"
         (out / "index.md").write_text(page, encoding="utf-8")
 
@@ -419,6 +481,7 @@ class Site:
         books = {}
         for source in self.pages:
             books[source] = read_nb(self.nbs / source)
+            add_show_docs(books[source])
             PageProcs()(books[source])
         self.anchors = {s: {n.lower() for n in self.shown_names(nb)} for s, nb in books.items()}
         self.short = self.short_names()

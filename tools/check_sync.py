@@ -2,6 +2,7 @@
 
 Works on a copy, so that it changes nothing and does not mind uncommitted work.
 """
+
 import filecmp
 import os
 import shutil

@@ -2,6 +2,7 @@
 
 With --check nothing is written: the exit status says whether they are in step.
 """
+
 import base64
 import re
 import sys

@@ -5,6 +5,7 @@ then the home page. Cells marked `#| eval: false`, and those with a flag of sett
 `tst_flags`, are not run; their stored outputs stay. The notebook remembers a digest of the code
 it was run with, so that a test can tell stale outputs from fresh ones.
 """
+
 import argparse
 import base64
 import hashlib
@@ -132,7 +133,9 @@ def start(path, args, root):
     except subprocess.TimeoutExpired:
         code, error = 1, f"{path}: stopped after {args.timeout} s (--timeout changes the limit)\n"
     seconds = time.monotonic() - begin
-    print(f"{'FAIL' if code else 'ok  '} {seconds:6.1f} s  {os.path.relpath(path, root)}", flush=True)
+    print(
+        f"{'FAIL' if code else 'ok  '} {seconds:6.1f} s  {os.path.relpath(path, root)}", flush=True
+    )
     if code:
         print(error, file=sys.stderr, flush=True)
     return code == 0
@@ -158,7 +161,9 @@ def chosen(args, nbs):
     for item in map(Path, wanted or [nbs]):
         if not item.exists():
             sys.exit(f"no such notebook or folder: {item}")
-        found.update([item.absolute()] if item.is_file() else map(Path.absolute, nbglob(item, as_path=True)))
+        found.update(
+            [item.absolute()] if item.is_file() else map(Path.absolute, nbglob(item, as_path=True))
+        )
     return sorted(found, key=lambda p: (stage_of(p), p))
 
 
@@ -186,9 +191,11 @@ def main():
         passed += sum(good)
         if not all(good):
             failed, left = len(good) - sum(good), len(paths) - passed
-            print(f"{passed} passed, {failed} failed among the {title}, {left - failed} not started")
+            print(
+                f"{passed} passed, {failed} failed among the {title}, {left - failed} not started"
+            )
             sys.exit(1)
-    print(f"{passed} notebooks passed in {time.monotonic() - begin:.0f} s")
+    print(f"{passed} notebook{'s' * (passed != 1)} passed in {time.monotonic() - begin:.0f} s")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The comment beside a parameter (a "docment") is its documentation. This is a tool of the site
 builder and of the tests; the package itself does not need it.
 """
+
 import ast
 import inspect
 import textwrap
@@ -14,6 +15,7 @@ from fastcore.docments import docments
 @dataclass
 class Parameter:
     "One row of the table: stars belong to the name, `/` and `*` stand alone."
+
     name: str
     annotation: str = ""
     default: str = ""

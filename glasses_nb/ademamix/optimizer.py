@@ -19,7 +19,14 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from .schedules import alpha_at, memory_exponent, slow_weight_at
 
-# %% ../../nbs/ademamix/43_optimizer.ipynb #457944bb
+# %% ../../nbs/ademamix/43_optimizer.ipynb #4c68c577
+def _filled(beta, t):
+    "Weight an average holds after `t` steps, 1 - beta^t, without cancellation where `t` is a tensor."
+    if isinstance(t, Tensor) and beta > 0:
+        return -torch.expm1(t * math.log(beta))
+    return 1 - beta**t
+
+# %% ../../nbs/ademamix/43_optimizer.ipynb #8cc3dfd9
 def step_scalars(
     t: float | Tensor,  # step of the parameter, 1 for the first
     group: dict,  # parameter group of the optimizer
@@ -28,7 +35,7 @@ def step_scalars(
     beta1, beta2, beta3 = group["betas"]
     since = t - group["schedule_start"]  # negative where a parameter joined after a switch
     since = since.clamp(min=0.0) if isinstance(since, Tensor) else max(since, 0.0)
-    correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+    correction1, correction2 = _filled(beta1, t), _filled(beta2, t)
     alpha = alpha_at(since, group["alpha"], group["alpha_warmup"])
     return dict(
         keep=1 - group["lr"] * group["weight_decay"],
@@ -219,7 +226,7 @@ def _scalar_tensor(s, sign, like):
         return torch.stack([torch.as_tensor(v, **kind) for v in values])
     return torch.tensor(values, dtype=like.dtype, device=like.device)
 
-# %% ../../nbs/ademamix/43_optimizer.ipynb #ac73e510
+# %% ../../nbs/ademamix/43_optimizer.ipynb #1287a31f
 def _fused_step(tensors, s, maximize):
     "One kernel call for each large tensor and one for all small ones."
     p, _, fast, slow, _ = tensors[0]
@@ -227,19 +234,23 @@ def _fused_step(tensors, s, maximize):
     if kernel is None:
         return _eager_step(tensors, s, maximize)
     scalars = _scalar_tensor(s, -1.0 if maximize else 1.0, slow)
-    small, rest = [], []
+    small, size, rest = [], 0, []
     for five in tensors:
         flat = _flat(five)
         if flat is None:
             rest.append(five)
-        elif flat[0].numel() < SMALL:
-            small.append(flat)
-        else:
+        elif flat[0].numel() >= SMALL:
             kernel(*flat, scalars)
-    if sum(five[0].numel() for five in small) > 1:
+        else:
+            small.append(flat)
+            size += flat[0].numel()
+            if size >= SLICE:  # a pack is scratch memory: keep it small
+                _packed(kernel, small, scalars)
+                small, size = [], 0
+    if size > 1:
         _packed(kernel, small, scalars)
     else:
-        rest += small
+        rest += small  # nothing, or one lonely number, which a kernel for any length does not take
     if rest:
         (_eager_step if isinstance(s["slow"], float) else _tensor_step)(rest, s, maximize)
 
@@ -289,7 +300,7 @@ def _check_group(group):
     chosen = [k for k in ("foreach", "fused", "differentiable") if group[k]]
     need(" and ".join(chosen), True, len(chosen) < 2, "used one at a time")
 
-# %% ../../nbs/ademamix/43_optimizer.ipynb #b7c8c43a
+# %% ../../nbs/ademamix/43_optimizer.ipynb #43150154
 def _warn_settings(group):
     "Say, with the number, which settings of a group are known to end badly."
     (beta1, beta2, beta3), warmup = group["betas"], group["beta3_warmup"]
@@ -301,13 +312,13 @@ def _warn_settings(group):
                 f"only with the power p = {p:.2g} of time. 3 to 100 is healthy; below 1 it keeps the "
                 f"first gradients and training can explode. beta3={1 - 10 / max(warmup, 20):.4g} "
                 "would give p = 10.",
-                stacklevel=4,
+                stacklevel=5,
             )
     if beta2 < 0.99 and beta3 > beta2**0.5:
         warnings.warn(
             f"AdEMAMix: with beta2={beta2} below beta3²={beta3**2:.4g}, a parameter whose gradient "
             "becomes exactly zero keeps moving, faster at every step; use beta2=0.999.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -322,7 +333,7 @@ def _warn_unscheduled(group):
         warnings.warn(
             f"AdEMAMix: alpha={group['alpha']} acts from the first step. The paper schedules it: pass "
             "alpha_warmup and beta3_warmup, usually the number of training steps.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 # %% ../../nbs/ademamix/43_optimizer.ipynb #29e3ac73
@@ -454,10 +465,11 @@ def _adopt_adamw(optimizer, state_dict):
         groups.append(saved)
     return {**state_dict, "param_groups": groups}
 
-# %% ../../nbs/ademamix/43_optimizer.ipynb #d9656113
+# %% ../../nbs/ademamix/43_optimizer.ipynb #3d281e1e
 def _collect(optimizer, group):
     "(p, g, fast, slow, square) and the step counter of every parameter that has a gradient."
-    if not isinstance(group["lr"], Tensor) and not 0 <= group["lr"] < math.inf:
+    free = group["capturable"] or group["differentiable"] or torch.compiler.is_compiling()
+    if not free and not 0 <= float(group["lr"]) < math.inf:
         raise ValueError(f"AdEMAMix: lr must be a finite number, 0 or above, got {group['lr']!r}")
     tensors, steps = [], []
     for p in group["params"]:

@@ -28,7 +28,7 @@ def _inverse_log(beta):
     "1 / ln(beta), with its limit 0 at beta = 0."
     return 0.0 if beta == 0 else 1 / math.log(beta)
 
-# %% ../../nbs/ademamix/42_schedules.ipynb #3ad36163
+# %% ../../nbs/ademamix/42_schedules.ipynb #f2115c0b
 def slow_weight_at(
     t: float | Tensor,  # optimizer step, 1 for the first
     beta3: float,  # final decay rate of the slow average, in [0, 1)
@@ -42,8 +42,10 @@ def slow_weight_at(
         mu, expm1 = (t / warmup).clamp(max=1.0), torch.expm1
     else:
         mu, expm1 = min(t / warmup, 1.0), math.expm1
-        if mu == 1 or mu == beta_start == 0:
-            return 1 - beta3 if mu == 1 else 1.0
+        if mu == 1:
+            return 1 - beta3
+        if mu == beta_start == 0:
+            return 1.0
     return -expm1(1 / ((1 - mu) * _inverse_log(beta_start) + mu * _inverse_log(beta3)))
 
 # %% ../../nbs/ademamix/42_schedules.ipynb #d198c6e5
@@ -63,11 +65,13 @@ def beta3_at(
         return beta3
     return min(1 - slow_weight_at(t, beta3, warmup, beta_start), beta3)
 
-# %% ../../nbs/ademamix/42_schedules.ipynb #eef0123e
+# %% ../../nbs/ademamix/42_schedules.ipynb #df59b924
 def memory_exponent(
     warmup: float,  # steps of the β3 schedule
     beta3: float,  # final decay rate of the slow average, in (0, 1)
     beta_start: float = 0.9,  # decay rate the schedule starts from, β1 in the paper
 ) -> float:  # exponent p; healthy runs of the paper lie between 3 and 100
-    "Exponent of the power law with which a scheduled slow average forgets."
+    "Exponent p of the power law with which a scheduled slow average forgets."
+    if not 0 <= beta_start < beta3 < 1:
+        raise ValueError(f"a schedule grows from beta_start={beta_start} to beta3={beta3}: need 0 <= start < goal < 1")
     return warmup / (_inverse_log(beta_start) - _inverse_log(beta3))

@@ -1,4 +1,5 @@
 "Sphinx configuration. What describes the project is in settings.ini; build_docs.py makes the pages."
+
 import shutil
 import sys
 import sysconfig
@@ -30,7 +31,12 @@ nb_merge_streams = True
 nb_output_stderr = "remove"
 nb_render_markdown_format = "myst"
 myst_enable_extensions = [
-    "amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath", "html_image",
+    "amsmath",
+    "attrs_inline",
+    "colon_fence",
+    "deflist",
+    "dollarmath",
+    "html_image",
 ]
 myst_heading_anchors = 4
 myst_heading_slug_func = "anchors.slug"
@@ -53,7 +59,11 @@ html_copy_source = False
 html_show_sourcelink = False
 html_domain_indices = False
 html_theme_options = {
-    "logo": {"text": project, "image_light": "_static/favicon.svg", "image_dark": "_static/favicon.svg"},
+    "logo": {
+        "text": project,
+        "image_light": "_static/favicon.svg",
+        "image_dark": "_static/favicon.svg",
+    },
     "use_download_button": False,  # each page has a link to its notebook
     "use_fullscreen_button": True,
     "show_toc_level": 2,

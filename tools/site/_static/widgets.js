@@ -56,7 +56,8 @@
     function draw() {
       const steps = 10 ** Number(input.value);
       const beta = Math.exp(Math.log(0.5) / (steps + 1));
-      output.textContent = `half-life ${steps.toFixed(steps < 100 ? 1 : 0)} steps, decay β = ${beta.toPrecision(6)}`;
+      output.textContent = `half-life ${steps.toFixed(steps < 100 ? 1 : 0)} steps, decay β = ${beta.toPrecision(6)}. `
+        + "The curve: share of the weight on gradients younger than the age.";
       plot(canvas, t => 1 - beta ** t, 5, steps + 1);
     }
     input.addEventListener("input", draw);
