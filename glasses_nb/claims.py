@@ -61,11 +61,12 @@ def part(
     values = tuple(np.asarray(values, dtype=float).reshape(-1).tolist())
     return _checked(Part(name, values, *ends, unit, float(level)))
 
-# %% ../nbs/02_claims.ipynb #253c9077
+# %% ../nbs/02_claims.ipynb #550133e5
 def _one_line(what, text, most):
     "Refuse text that is not one short line."
     if not isinstance(text, str) or len(text) > most or "\n" in text:
-        raise ValueError(f"{what} must be one line of at most {most} characters, got {str(text)[:60]!r}")
+        got = repr(text)[:60]
+        raise ValueError(f"{what} must be one line of at most {most} characters, got {got}")
 
 
 def _checked(p):
@@ -82,14 +83,15 @@ def _checked(p):
         raise ValueError(f"{p.name!r}: {error}") from error
     ends = [end for end in (p.low, p.high) if end is not None]
     if not ends:
-        raise ValueError(f"{p.name!r}: say where the claim holds, with at_least, at_most, or near and tol")
+        raise ValueError(f"{p.name!r}: say where the claim holds: at_least, at_most, or near and tol")
     if not np.isfinite(ends).all() or ends[0] > ends[-1]:
         raise ValueError(f"{p.name!r}: the region {ends} must be finite and in order")
     return p
 
-# %% ../nbs/02_claims.ipynb #cca890f9
+# %% ../nbs/02_claims.ipynb #25685915
 VERDICTS = {
-    "reproduced": "✓", "partly": "◐", "not at this size": "○", "contradicted": "✗", "not tested": "–",
+    "reproduced": "✓", "partly": "◐", "not at this size": "○",
+    "contradicted": "✗", "not tested": "–",
 }
 
 
@@ -107,7 +109,7 @@ def verdict_of(
         return "partly"
     return "contradicted" if scale == "paper" and "outside" in standings else "not at this size"
 
-# %% ../nbs/02_claims.ipynb #67f9d9b4
+# %% ../nbs/02_claims.ipynb #3429d294
 @dataclass(frozen=True)
 class Claim:
     "A sentence of a paper, the evidence of a page, and the verdict they give."
@@ -134,10 +136,10 @@ class Claim:
         return verdict_of([p.standing for p in self.parts], self.scale)
 
     def _repr_mimebundle_(self, **kwargs):
-        plain = f"{self.key}: {self.verdict}"
-        return {"text/plain": plain, "text/markdown": claim_markdown(self), MIME: claim_record(self)}
+        shown = {"text/plain": f"{self.key}: {self.verdict}", "text/markdown": claim_markdown(self)}
+        return {**shown, MIME: claim_record(self)}
 
-# %% ../nbs/02_claims.ipynb #a98a9789
+# %% ../nbs/02_claims.ipynb #b81bcf73
 KEY = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+\.[a-z0-9_]+")
 MIME = "application/vnd.glasses-nb.claim+json"
 
@@ -149,11 +151,12 @@ def _check_claim(c):
     for what, most in (("text", 300), ("paper", 200), ("where", 120), ("note", 400)):
         _one_line(f"{c.key}: {what}", getattr(c, what), most)
         if not getattr(c, what).strip() and what != "note":
-            raise ValueError(f"{c.key}: {what} is empty; write 'not given' where the paper is silent")
+            raise ValueError(f"{c.key}: {what} is empty; write 'not given' if the paper is silent")
     if c.scale not in ("paper", "smaller"):
         raise ValueError(f"{c.key}: scale must be 'paper' or 'smaller', got {c.scale!r}")
     if len(c.parts) > 12 or not all(isinstance(p, Part) for p in c.parts):
-        raise ValueError(f"{c.key}: parts must be at most 12, each made by part(...), got {len(c.parts)}")
+        got = repr(c.parts)[:60]
+        raise ValueError(f"{c.key}: give at most 12 parts, each made by part(...), got {got}")
     most = max((len(_checked(p).values) for p in c.parts), default=0)
     if c.seeds is not None and (not isinstance(c.seeds, int) or c.seeds < 0):
         raise ValueError(f"{c.key}: seeds must be a whole number, got {c.seeds!r}")
@@ -182,7 +185,7 @@ def _measured(p):
         region = f"{p.low:.{digits}g} to {p.high:.{digits}g}"
     return f"{mean:.{digits}g}{spread}{unit}", region + unit
 
-# %% ../nbs/02_claims.ipynb #30a38f5b
+# %% ../nbs/02_claims.ipynb #847f019b
 def claim_markdown(
     claim: Claim,  # what to show
 ) -> str:          # a small Markdown table
@@ -195,7 +198,8 @@ def claim_markdown(
     for p in claim.parts:
         got, region = _measured(p)
         seeds = f" over {len(p.values)} seeds" if len(p.values) > 1 else ""
-        rows.append(f"| {_safe(p.name)} | {_safe(got)}{seeds}; wanted {_safe(region)}: {p.standing} |")
+        told = _safe(f"{got}{seeds}; wanted {region}: {p.standing}")
+        rows.append(f"| {_safe(p.name)} | {told} |")
     if claim.note:
         rows.append(f"| note | {_safe(claim.note)} |")
     return "\n".join(rows)
@@ -248,10 +252,10 @@ def _claims_in(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read claims from {path.name}: {error}") from error
 
-# %% ../nbs/02_claims.ipynb #35fcd805
+# %% ../nbs/02_claims.ipynb #f773be1f
 def stored_claims(
     nbs: str | Path = "nbs",  # folder of notebooks, or one notebook
-) -> pd.DataFrame:            # key, text, paper, where, measured, verdict, scale, seeds, note, page, claim
+) -> pd.DataFrame:            # a row per claim: its fields, measured, verdict, page, and the claim
     "Every claim that the pages stored, in reading order."
     folder, paths = _notebooks(nbs)
     rows, pages = [], {}
@@ -259,17 +263,27 @@ def stored_claims(
         page = path.relative_to(folder).as_posix()
         for c in _claims_in(path):
             if c.key in pages:
-                raise ValueError(f"key {c.key!r} is used in {pages[c.key]} and again in {page}: rename one")
+                first = pages[c.key]
+                raise ValueError(f"key {c.key!r} is used in {first} and again in {page}: rename one")
             pages[c.key] = page
             measured = "; ".join(f"{p.name} {_measured(p)[0]}" for p in c.parts) or "–"
             rows.append(dict(
-                key=c.key, text=c.text, paper=c.paper, where=c.where, measured=measured, verdict=c.verdict,
-                scale=c.scale, seeds=c.seeds, note=c.note, page=page, claim=c,
+                key=c.key, text=c.text, paper=c.paper, where=c.where, measured=measured,
+                verdict=c.verdict, scale=c.scale, seeds=c.seeds, note=c.note, page=page, claim=c,
             ))
     columns = "key text paper where measured verdict scale seeds note page claim".split()
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/02_claims.ipynb #d64a5d4a
+# %% ../nbs/02_claims.ipynb #7f45a1ab
+def _brief(parts):
+    "The measurements in one cell of a table."
+    told = [f"{p.name} {_measured(p)[0]}" for p in parts]
+    if len(told) > 3:
+        inside = sum(p.standing == "inside" for p in parts)
+        told = [f"{inside} of {len(told)} hold", *told[:2], "…"]
+    return "; ".join(told) or "–"
+
+# %% ../nbs/02_claims.ipynb #66d1567c
 def scorecard(
     frame: pd.DataFrame,       # made by `stored_claims`
     links: str | None = None,  # put before each page's path to link to it, e.g. ""; None: no links
@@ -280,7 +294,9 @@ def scorecard(
         text = _safe(r.text) if links is None else f"[{_safe(r.text)}]({links}{r.page})"
         seeds = f" ({r.seeds} seeds)" if r.seeds > 1 else ""
         told = f"{_safe(r.paper)} ({_safe(r.where)})"
-        rows.append(f"| {text} | {told} | {_safe(r.measured)}{seeds} | {VERDICTS[r.verdict]} {r.verdict} |")
+        measured = _safe(_brief(r.claim.parts))
+        verdict = f"{VERDICTS[r.verdict]} {r.verdict}"
+        rows.append(f"| {text} | {told} | {measured}{seeds} | {verdict} |")
     return "\n".join(rows)
 
 
@@ -293,5 +309,6 @@ def summary(
         paper: [int((frame["verdict"][papers == paper] == verdict).sum()) for verdict in VERDICTS]
         for paper in papers.unique()
     }
-    counts = pd.DataFrame.from_dict(rows, orient="index", columns=list(VERDICTS)).rename_axis("paper")
+    counts = pd.DataFrame.from_dict(rows, orient="index", columns=list(VERDICTS))
+    counts = counts.rename_axis("paper")
     return counts.assign(claims=counts.sum(axis=1))

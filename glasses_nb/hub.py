@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/00_hub.ipynb #91da60bf
+# %% ../nbs/00_hub.ipynb #86116e64
 def text_folder(
     source: str | Path,  # "python" for the running Python's own library, or a folder
 ) -> Path:               # an existing folder
@@ -26,10 +26,10 @@ def text_folder(
     folder = Path(sysconfig.get_path("stdlib") if source == "python" else source).expanduser()
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{str(folder)!r} {kind}: name a folder that holds text files, or 'python'")
+        raise ValueError(f"{str(folder)!r} {kind}: name a folder of text files, or 'python'")
     return folder.resolve()
 
-# %% ../nbs/00_hub.ipynb #27601cdf
+# %% ../nbs/00_hub.ipynb #847d1631
 SUFFIXES = (".py", ".rst", ".txt", ".md")
 NOT_LEARNED = {"site-packages", "dist-packages", "encodings", "test", "tests", "idle_test"}
 
@@ -45,7 +45,8 @@ def _candidates(source, suffixes):
     folder, names = text_folder(source), []
     own = source == "python"
     for where, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and not (own and f in NOT_LEARNED)]
+        left_out = NOT_LEARNED if own else set()
+        folders[:] = [f for f in folders if not f.startswith(".") and f not in left_out]
         for file in files:
             skip = file.startswith(".") or (own and file.startswith("_sysconfig"))
             if file.lower().endswith(tuple(suffixes)) and not skip:
@@ -70,11 +71,11 @@ def _read(path, room):
     except OSError:
         return None, "unreadable"
 
-# %% ../nbs/00_hub.ipynb #d766001e
+# %% ../nbs/00_hub.ipynb #0f0a805e
 def _gather(source, suffixes, max_bytes):
     "(name, text or None, fate) of every candidate, by name."
     if not suffixes or isinstance(suffixes, str):
-        raise ValueError(f"suffixes must be several endings, as in ('.py', '.txt'), got {suffixes!r}")
+        raise ValueError(f"suffixes must be endings, as in ('.py', '.txt'), got {suffixes!r}")
     if not max_bytes > 0:
         raise ValueError(f"max_bytes must be positive, got {max_bytes}")
     folder, names = _candidates(source, suffixes)
@@ -107,7 +108,7 @@ def texts(
         )
     return found
 
-# %% ../nbs/00_hub.ipynb #61d54ea7
+# %% ../nbs/00_hub.ipynb #2448d2a1
 def text_survey(
     source: str | Path = "python",  # as in `texts`
     *,
@@ -116,7 +117,7 @@ def text_survey(
 ) -> pd.DataFrame:                  # name, suffix, bytes (0 if not read), fate
     "What became of every file that `texts` considered."
     rows = [
-        dict(name=name, suffix=Path(name).suffix.lower(), bytes=len((text or "").encode("utf-8")), fate=fate)
+        (name, Path(name).suffix.lower(), len((text or "").encode("utf-8")), fate)
         for name, text, fate in _gather(source, suffixes, max_bytes)
     ]
     return pd.DataFrame(rows, columns=["name", "suffix", "bytes", "fate"])
@@ -131,7 +132,7 @@ def _held_out(sizes, share):
             budget -= sizes[name]
     return held or {min(sizes, key=sizes.get)}
 
-# %% ../nbs/00_hub.ipynb #c272e611
+# %% ../nbs/00_hub.ipynb #58e693b2
 @dataclass(frozen=True)
 class Corpus:
     "Texts as bytes, split by file; a zero byte ends each text."
@@ -143,12 +144,13 @@ class Corpus:
     @property
     def fingerprint(self) -> dict:
         "What identifies a corpus: content, no path."
-        names = "\n".join((*self.train_files, "", *self.valid_files)).encode("utf-8", "surrogateescape")
+        names = "\n".join((*self.train_files, "", *self.valid_files))
+        names = names.encode("utf-8", "surrogateescape")
         digest = hashlib.sha256(names + self.train.tobytes() + self.valid.tobytes()).hexdigest()
         files = len(self.train_files) + len(self.valid_files)
         return dict(sha256=digest[:16], files=files, bytes=self.train.size + self.valid.size)
 
-# %% ../nbs/00_hub.ipynb #d50498e5
+# %% ../nbs/00_hub.ipynb #8aceca78
 def corpus(
     source: str | Path = "python",  # as in `texts`
     *,
@@ -161,14 +163,15 @@ def corpus(
         raise ValueError(f"share must lie strictly between 0 and 1, got {share}")
     found = texts(source, suffixes=suffixes, max_bytes=max_bytes)
     if len(found) < 2:
-        raise ValueError(f"{str(source)!r} has one text, {found[0][0]!r}: cut it into two or more files")
+        raise ValueError(f"{str(source)!r} has one text, {found[0][0]!r}: cut it into several files")
     data = {name: text.encode("utf-8") + b"\0" for name, text in found}
     held = _held_out({name: len(text) for name, text in data.items()}, share)
     sides = [[name for name in data if (name in held) == wanted] for wanted in (False, True)]
-    arrays = [np.frombuffer(b"".join(data[name] for name in side), np.uint8).copy() for side in sides]
+    joined = [b"".join(data[name] for name in side) for side in sides]
+    arrays = [np.frombuffer(side, np.uint8).copy() for side in joined]
     return Corpus(*arrays, *map(tuple, sides))
 
-# %% ../nbs/00_hub.ipynb #9fa92e02
+# %% ../nbs/00_hub.ipynb #9580ece1
 def artifact(
     paper: str,                 # folder of the paper, e.g. "ademamix"
     name: str,                  # file as shipped, e.g. "curves.csv"
@@ -181,10 +184,11 @@ def artifact(
     shipped = sorted(p.relative_to(shelf).as_posix() for p in Path(shelf).rglob("*") if p.is_file())
     if f"{paper}/{name}" not in shipped:
         same = [s for s in shipped if s.startswith(f"{paper}/")]
-        raise ValueError(f"no artefact {name!r} for {paper!r}; there are: {same or shipped or 'none'}")
+        there = same or shipped or "none"
+        raise ValueError(f"no artefact {name!r} for {paper!r}; there are: {there}")
     return Path(shelf) / paper / name
 
-# %% ../nbs/00_hub.ipynb #4e01c735
+# %% ../nbs/00_hub.ipynb #c4519766
 def require(
     module: str,  # to import, e.g. "gymnasium"
     extra: str,   # of this package that brings it, e.g. "rl"
@@ -195,5 +199,5 @@ def require(
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        command = f'pip install "glasses_nb[{extra}]"'
-        raise ImportError(f"{module} is not installed; it comes with: {command}", name=module) from error
+        remedy = f'{module} is not installed; it comes with: pip install "glasses_nb[{extra}]"'
+        raise ImportError(remedy, name=module) from error

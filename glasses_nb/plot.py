@@ -86,25 +86,27 @@ def figure(
     "An empty figure in the site's size."
     return plt.subplots(nrows, ncols, figsize=(width, height), **kw)
 
-# %% ../nbs/01_plot.ipynb #ec353aba
+# %% ../nbs/01_plot.ipynb #e3826936
 def _tidy(frame, x, y, by, logx, logy):
     "The frame without surprises, or an error that says what is wrong with it."
     missing = [c for c in (x, y, by) if c is not None and c not in frame.columns]
     if missing:
         raise ValueError(f"columns {missing} are missing; the frame has {list(frame.columns)}")
     if frame.empty:
-        raise ValueError(f"nothing to draw: the frame with columns {list(frame.columns)} has no rows")
+        raise ValueError(f"nothing to draw: the frame has no rows, only {list(frame.columns)}")
     if by is not None and frame[by].isna().any():
-        raise ValueError(f"{int(frame[by].isna().sum())} rows have no {by!r}: name the group or drop them")
+        bad = int(frame[by].isna().sum())
+        raise ValueError(f"{bad} rows have no {by!r}: name the group or drop them")
     for column, log in ((x, logx), (y, logy)):
         if not pd.api.types.is_numeric_dtype(frame[column]):
-            raise ValueError(f"{column!r} holds {frame[column].dtype}, not numbers: convert it with pd.to_numeric")
+            kind = frame[column].dtype
+            raise ValueError(f"{column!r} holds {kind}, not numbers: use pd.to_numeric")
         if log and (frame[column] <= 0).any():
             bad = int((frame[column] <= 0).sum())
             raise ValueError(f"{bad} values of {column!r} are not positive: no place on a log axis")
     return frame
 
-# %% ../nbs/01_plot.ipynb #6b330fbb
+# %% ../nbs/01_plot.ipynb #739bbec1
 def _groups(frame, by):
     "(group, its rows, its style), in drawing order."
     if by is None:
@@ -112,7 +114,8 @@ def _groups(frame, by):
     found = list(pd.unique(frame[by]))
     if pd.api.types.is_numeric_dtype(frame[by]):
         found = sorted(found)
-        shades = [plt.get_cmap("cividis")(0.85 * i / max(1, len(found) - 1)) for i in range(len(found))]
+        last = max(1, len(found) - 1)
+        shades = [plt.get_cmap("cividis")(0.85 * i / last) for i in range(len(found))]
         styles = [
             dict(color=shade, linestyle=DASHES[i % 4], marker=MARKERS[i % 9])
             for i, shade in enumerate(shades)
@@ -136,7 +139,7 @@ def _finish(ax, xlabel, ylabel, logx, logy, title, legend):
         ax.legend()
     return ax
 
-# %% ../nbs/01_plot.ipynb #6dd4e0ab
+# %% ../nbs/01_plot.ipynb #6af4cebf
 def lines(
     ax,                     # axes to draw on
     frame: pd.DataFrame,    # tidy: one row per point
@@ -155,13 +158,13 @@ def lines(
     for group, rows, style in _groups(_tidy(frame, x, y, by, logx, logy), by):
         if rows[x].duplicated().any():
             where = "" if group is None else f" for {group!r}"
-            raise ValueError(f"several values of {y!r} at one {x!r}{where}: use band, or one group per run")
+            raise ValueError(f"several values of {y!r} at one {x!r}{where}: use band")
         rows = rows.sort_values(x)
         marker = style["marker"] if markers else ""
         ax.plot(rows[x], rows[y], label=group, **{**style, "marker": marker})
     return _finish(ax, xlabel, ylabel, logx, logy, title, by is not None)
 
-# %% ../nbs/01_plot.ipynb #9b68f588
+# %% ../nbs/01_plot.ipynb #abbf0503
 def seed_bands(
     frame: pd.DataFrame,  # tidy: one row per point and seed
     x: str,               # column of the horizontal axis
@@ -173,7 +176,7 @@ def seed_bands(
     if seed not in frame.columns:
         raise ValueError(f"column {seed!r} is missing; the frame has {list(frame.columns)}")
     if frame.duplicated([x, seed]).any():
-        raise ValueError(f"one {seed!r} has several values of {y!r} at one {x!r}: name the group, or average first")
+        raise ValueError(f"one {seed!r} has several values of {y!r} at one {x!r}: give the group")
     rows = []
     for at, values in frame.groupby(x)[y]:
         gone = not np.isfinite(values).all()

@@ -46,7 +46,7 @@ def t_quantile(
             high = middle
     return math.sqrt(df) * math.tan(low)
 
-# %% ../nbs/00_seeds.ipynb #48deb45f
+# %% ../nbs/00_seeds.ipynb #afb6588b
 def interval(
     values,               # one number per seed (any sequence, array or tensor), or a single number
     level: float = 0.95,  # probability that intervals made this way cover the truth, in (0, 1)
@@ -57,7 +57,7 @@ def interval(
         raise ValueError("interval needs at least one value, got none")
     if not np.isfinite(v).all():
         shown = v[~np.isfinite(v)].tolist()[:4]
-        raise ValueError(f"values must be finite, got {shown}; count diverged seeds, do not average them")
+        raise ValueError(f"values must be finite, got {shown}; count diverged seeds apart")
     mean = float(v.mean())
     if v.size == 1:
         return mean, mean, mean

@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from tqdm.auto import tqdm
 
-# %% ../nbs/03_train.ipynb #b9f18f28
+# %% ../nbs/03_train.ipynb #e1cc5e1d
 def stream_seed(
     seed: int,  # the run's seed, 0 or more
     *key: int,  # what the stream is for, each 0 or more
@@ -38,7 +38,7 @@ def stream_seed(
     "Seed of an independent random stream, mixed from `seed` and `key`."
     return int(np.random.SeedSequence((seed, *key)).generate_state(1)[0])
 
-# %% ../nbs/03_train.ipynb #7955c3b7
+
 def epoch_order(
     length: int,  # rows in the data set
     seed: int,    # the run's seed
@@ -79,7 +79,7 @@ class BatchOrder(Sampler):
             begin = place * self.batch_size + self.offset
             yield order[begin : begin + self.share].tolist()
 
-# %% ../nbs/03_train.ipynb #14dc99c8
+# %% ../nbs/03_train.ipynb #37034be1
 def random_state(
     device="cpu",  # whose generator to read besides the three of the CPU
 ) -> dict:         # numbers, strings and tensors only
@@ -92,7 +92,7 @@ def random_state(
         state["device"] = module.get_rng_state()
     return state
 
-# %% ../nbs/03_train.ipynb #e5ddbec7
+
 def set_random_state(
     state: dict,   # from `random_state`
     device="cpu",  # whose generator to set besides the three of the CPU
@@ -178,15 +178,16 @@ def _damage(path):
             return f"{name} has other contents than were written"
     return None
 
-# %% ../nbs/03_train.ipynb #18311a41
+# %% ../nbs/03_train.ipynb #913f39c1
 def verify_checkpoint(
     path: Path,  # one of `checkpoints(folder)`
 ) -> None:
-    "Raise a ValueError that names the file and the remedy if a checkpoint is not as it was written."
-    damage = _damage(Path(path))
+    "Raise a ValueError, with file and remedy, if a checkpoint is not as it was written."
+    path = Path(path)
+    damage = _damage(path)
     if damage is None:
         return
-    earlier = [step for step, other in checkpoints(Path(path).parent).items() if other.name < path.name]
+    earlier = [step for step, p in checkpoints(path.parent).items() if p.name < path.name]
     resume = f"from step {earlier[-1]}" if earlier else "from its beginning"
     raise ValueError(
         f"checkpoint {path} is damaged: {damage}. Delete the folder {path} and make the same call "
@@ -209,13 +210,13 @@ class _Run:
     seen: list = field(default_factory=list)     # losses since the last row
     pending: list = field(default_factory=list)  # the newest of them, still on the device
 
-# %% ../nbs/03_train.ipynb #128cfcd1
+# %% ../nbs/03_train.ipynb #371e698b
 def _advance(run, batch, loss, clip_norm, due):
     "One optimizer step. Where a row is due, the rate used and the gradient's norm before clipping."
     accelerator = run.accelerator
     value = loss(run.model, send_to_device(batch, accelerator.device))
     if not isinstance(value, torch.Tensor) or value.ndim:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        got = f"shape {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
         raise ValueError(f"loss(model, batch) must return a scalar tensor, got {got}")
     accelerator.backward(value)
     run.pending.append(value.detach())
@@ -223,7 +224,9 @@ def _advance(run, batch, loss, clip_norm, due):
     if due or clip_norm is not None:
         limit = math.inf if clip_norm is None else clip_norm
         norm = accelerator.clip_grad_norm_(run.model.parameters(), limit)
-    rates = {"lr": float(run.optimizer.param_groups[0]["lr"]), "grad_norm": float(norm)} if due else {}
+    rates = {}
+    if due:
+        rates = {"lr": float(run.optimizer.param_groups[0]["lr"]), "grad_norm": float(norm)}
     run.optimizer.step()
     if run.scheduler is not None and not getattr(run.optimizer, "step_was_skipped", False):
         run.scheduler.step()
@@ -329,7 +332,7 @@ def _save(run, keep):
         ) from error
     accelerator.wait_for_everyone()
 
-# %% ../nbs/03_train.ipynb #f3cec002
+# %% ../nbs/03_train.ipynb #2bfa18a0
 def _settings(model, optimizer, scheduler, **chosen):
     "What has to be equal for a run to go on exactly, in numbers, strings and lists."
     chosen["parameters of the model"] = sum(p.numel() for p in model.parameters())
@@ -342,10 +345,12 @@ def _settings(model, optimizer, scheduler, **chosen):
         if "base_momentum" in group:
             moved |= {"betas", "momentum"}
         chosen |= {f"{name} (group {i})": _plain(group[name]) for name in group.keys() - moved}
-    text = json.dumps(chosen, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(type(v)))
-    return json.loads(text)
+    def simple(value):
+        return value.tolist() if hasattr(value, "tolist") else type(value).__name__
 
-# %% ../nbs/03_train.ipynb #be9b9e6e
+    return json.loads(json.dumps(chosen, default=simple))
+
+# %% ../nbs/03_train.ipynb #1c34fd47
 def _load(run):
     "Go to the newest checkpoint in the run's folder, if there is one."
     if run.accelerator.is_main_process:
@@ -361,8 +366,8 @@ def _load(run):
              for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
     if wrong:
         raise ValueError(
-            f"{path} belongs to another run: {'; '.join(wrong)}. Call with what the run began with, "
-            f"or give the new run a folder of its own.")
+            f"{path} belongs to another run: {'; '.join(wrong)}. Call with what the run began "
+            f"with, or give the new run a folder of its own.")
     run.accelerator.load_state(str(path))
     own = torch.load(path / f"process-{run.accelerator.process_index}.pt", weights_only=True)
     if run.scheduler is not None:
@@ -370,14 +375,14 @@ def _load(run):
     set_random_state(own["random"], run.accelerator.device)
     run.step, run.rows, run.seen = told["step"], told["rows"], told["seen"]
 
-# %% ../nbs/03_train.ipynb #969f8afd
+# %% ../nbs/03_train.ipynb #6f204771
 def best_precision(
     device,  # torch device or its name
 ) -> str:    # "bf16" or "no"
-    "Mixed precision from which `device` gains: bfloat16 on CUDA devices with units for it (8.0 and up)."
+    "Mixed precision from which `device` gains: bfloat16 where a CUDA device has units for it."
     if torch.device(device).type != "cuda":
         return "no"
-    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "no"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "no"  # Ampere
 
 # %% ../nbs/03_train.ipynb #e5cd49f3
 @contextmanager
@@ -428,7 +433,7 @@ def _wrapped(accelerator, model, optimizer):
             vars(model).pop(name, None)
         vars(model).update(before)
 
-# %% ../nbs/03_train.ipynb #799c3066
+# %% ../nbs/03_train.ipynb #df0272be
 def _check_numbers(**numbers):
     "Whole numbers with their least values: `name=(value, least)`; None passes."
     for name, (value, least) in numbers.items():
@@ -442,34 +447,38 @@ def _check_numbers(**numbers):
 
 def _check_data(data, batch_size):
     "A data set with rows that can be counted and picked, enough for a batch."
-    if isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+    usable = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if isinstance(data, IterableDataset) or not usable:
         raise TypeError(f"data must have a length and rows by number, got {type(data).__name__}")
     if len(data) < batch_size:
-        raise ValueError(f"data has {len(data)} rows, too few for one batch of batch_size={batch_size}")
+        raise ValueError(
+            f"data has {len(data)} rows, too few for one batch of batch_size={batch_size}")
 
-
+# %% ../nbs/03_train.ipynb #d2865d56
 def _check_matches(model, optimizer, scheduler, accelerator, batch_size):
     "Things that were made for each other, on an accelerator that does what the loop expects."
     owned = {id(p) for p in model.parameters()}
     if not any(id(p) in owned for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError("the optimizer holds none of the model's parameters: make it from model.parameters()")
+        raise ValueError("the optimizer holds none of the model's parameters: "
+                         "make it from model.parameters()")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError("ReduceLROnPlateau needs a metric at each step, which this loop has not")
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("the scheduler was made for another optimizer")
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"{accelerator.distributed_type} brings its own loop, which this one cannot drive")
+        raise ValueError(f"{accelerator.distributed_type} brings a loop of its own")
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("the loop steps at every batch, got an accelerator with "
                          f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps}")
-    if batch_size % accelerator.num_processes:
-        raise ValueError(f"batch_size={batch_size} cannot be shared by {accelerator.num_processes} processes")
+    processes = accelerator.num_processes
+    if batch_size % processes:
+        raise ValueError(f"batch_size={batch_size} cannot be shared by {processes} processes")
 
-# %% ../nbs/03_train.ipynb #371d1efe
+# %% ../nbs/03_train.ipynb #82dbc2d6
 def _check_options(steps, start, seed, clip_norm, evaluate, evaluate_every, folder, save_every):
     "Options that make sense, alone and together; the folder can be made."
     if start >= steps:
-        raise ValueError(f"steps={steps} is the number of the last step and must be above start={start}")
+        raise ValueError(f"steps={steps} is the last step and must be above start={start}")
     if seed >= 2**32:
         raise ValueError(f"seed must be below 2**32, got {seed}")
     if clip_norm is not None and not clip_norm > 0:
@@ -486,7 +495,7 @@ def _check_options(steps, start, seed, clip_norm, evaluate, evaluate_every, fold
         raise ValueError(f"folder {str(folder)!r} cannot be made: {error}") from error
     return Path(folder)
 
-# %% ../nbs/03_train.ipynb #f64f6cff
+# %% ../nbs/03_train.ipynb #bad294e2
 @contextmanager
 def _open_run(model, optimizer, scheduler, accelerator, mixed_precision, folder, settings):
     "A run at its first step, or at its newest checkpoint."
@@ -512,8 +521,9 @@ def _open_run(model, optimizer, scheduler, accelerator, mixed_precision, folder,
 def _batches(run, data, collate_fn):
     "The batches that are left, this process's share of each."
     accelerator, settings = run.accelerator, run.settings
-    order = BatchOrder(len(data), settings["batch_size"], settings["seed"], run.step, settings["steps"],
-                       accelerator.process_index, accelerator.num_processes)
+    order = BatchOrder(
+        len(data), settings["batch_size"], settings["seed"], run.step, settings["steps"],
+        accelerator.process_index, accelerator.num_processes)
     own = torch.Generator()  # the loader draws a number, which should not come from the run's
     return DataLoader(data, batch_sampler=order, collate_fn=collate_fn, generator=own)
 
@@ -528,7 +538,7 @@ def _is_due(step, every, steps):
     "Every so many steps, and at the last."
     return step == steps or (every is not None and step % every == 0)
 
-# %% ../nbs/03_train.ipynb #2e1941dd
+# %% ../nbs/03_train.ipynb #4978bc5f
 def train(
     model: torch.nn.Module,           # trained in place; left as after the last step
     optimizer: torch.optim.Optimizer,  # over the model's parameters
@@ -552,15 +562,18 @@ def train(
     progress: bool = True,            # show a bar; never when IN_TEST is set
     collate_fn=None,                  # list of rows -> batch; None: torch's
 ) -> pd.DataFrame:                    # step, loss (mean since the row before), lr, grad_norm, ...
-    "Train `model` up to step `steps`, resuming exactly where `folder` holds a checkpoint; returns the history."
-    _check_numbers(steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0), start=(start, 0), keep=(keep, 1),
-                   evaluate_every=(evaluate_every, 1), save_every=(save_every, 1), log_every=(log_every, 1))
+    "Train `model` up to step `steps`, resuming where `folder` has a checkpoint; the history."
+    _check_numbers(
+        steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0), start=(start, 0), keep=(keep, 1),
+        evaluate_every=(evaluate_every, 1), save_every=(save_every, 1), log_every=(log_every, 1))
     _check_data(data, batch_size)
-    folder = _check_options(steps, start, seed, clip_norm, evaluate, evaluate_every, folder, save_every)
+    folder = _check_options(
+        steps, start, seed, clip_norm, evaluate, evaluate_every, folder, save_every)
     settings = dict(seed=int(seed), start=int(start), steps=int(steps), batch_size=int(batch_size),
                     clip_norm=clip_norm, rows=len(data))
-    with (_open_run(model, optimizer, scheduler, accelerator, mixed_precision, folder, settings) as run,
-          _bar(run, progress) as bar):
+    opened = _open_run(
+        model, optimizer, scheduler, accelerator, mixed_precision, folder, settings)
+    with opened as run, _bar(run, progress) as bar:
         for batch in _batches(run, data, collate_fn):
             measured = evaluate is not None and _is_due(run.step + 1, evaluate_every, steps)
             due = measured or _is_due(run.step + 1, log_every, steps)

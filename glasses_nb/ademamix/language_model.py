@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['TextWindows', 'small_gpt', 'next_byte_loss', 'validation_loss', 'make_optimizer', 'train_lm']
 
-# %% ../../nbs/ademamix/45_language_model.ipynb #228e20d4
-import warnings
+# %% ../../nbs/ademamix/45_language_model.ipynb #981c5510
 from pathlib import Path
 
 import numpy as np

@@ -25,7 +25,7 @@ FRESH = [1, 2, 3, 4, 5]  # seeds judged by; seed 0 only chooses the learning rat
 
 
 def spec(method, lr, seed, role, **more):
-    return dict(method=method, lr=lr, seed=seed, role=role, steps=STEPS, **more)
+    return {**dict(method=method, lr=lr, seed=seed, role=role, steps=STEPS), **more}
 
 
 def name_of(run):
@@ -75,10 +75,10 @@ def many(runs):
         return list(pool.map(start, runs))
 
 
-def best_lr(done):
+def best_lr(done, grid):
     "Learning rate with the lowest validation loss, per method."
     last = {(d["run"]["method"], d["run"]["lr"]): d["history"]["valid_loss"][-1] for d in done}
-    return {m: min(GRID, key=lambda lr: last[m, lr]) for m in METHODS}
+    return {m: min(grid, key=lambda lr: last[m, lr]) for m in METHODS}
 
 
 def write(done, log):
@@ -103,14 +103,20 @@ def main():
     WORK.mkdir(parents=True, exist_ok=True)
     if a.one:
         return one(json.loads(a.one))
-    tuning = many([spec(m, lr, 0, "tune") for lr in GRID for m in METHODS])
-    best = best_lr(tuning)
+    grid = list(GRID)
+    while True:  # a best value at the edge of the grid is no best value
+        tuning = many([spec(m, lr, 0, "tune") for lr in grid for m in METHODS])
+        best = best_lr(tuning, grid)
+        if max(best.values()) < grid[-1]:
+            break
+        grid.append(2 * grid[-1])
     print("chosen on seed 0:", best, flush=True)
     fresh = many([spec(m, best[m], s, "judge") for s in FRESH for m in METHODS])
     lr = best["AdamW"]
     switch = many([spec("AdEMAMix", lr, s, "switch", switch_at=at) for s in FRESH[:3] for at in (STEPS // 4, STEPS // 2)])
     short = many([spec("AdEMAMix", best["AdEMAMix"], s, "short", exponent=0.6) for s in FRESH[:3]])
-    done = tuning + fresh + switch + short
+    double = many([spec("AdamW", lr, s, "double", steps=2 * STEPS) for s in FRESH[:3]])
+    done = tuning + fresh + switch + short + double
     import torch
 
     log = [
