@@ -538,7 +538,7 @@ def _is_due(step, every, steps):
     "Every so many steps, and at the last."
     return step == steps or (every is not None and step % every == 0)
 
-# %% ../nbs/03_train.ipynb #4978bc5f
+# %% ../nbs/03_train.ipynb #488f0b20
 def train(
     model: torch.nn.Module,           # trained in place; left as after the last step
     optimizer: torch.optim.Optimizer,  # over the model's parameters
@@ -564,8 +564,9 @@ def train(
 ) -> pd.DataFrame:                    # step, loss (mean since the row before), lr, grad_norm, ...
     "Train `model` up to step `steps`, resuming where `folder` has a checkpoint; the history."
     _check_numbers(
-        steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0), start=(start, 0), keep=(keep, 1),
-        evaluate_every=(evaluate_every, 1), save_every=(save_every, 1), log_every=(log_every, 1))
+        steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0), start=(start, 0),
+        evaluate_every=(evaluate_every, 1), save_every=(save_every, 1), log_every=(log_every, 1),
+        keep=(keep, 1))
     _check_data(data, batch_size)
     folder = _check_options(
         steps, start, seed, clip_norm, evaluate, evaluate_every, folder, save_every)

@@ -3,6 +3,7 @@
 The reference below is plain NumPy in double precision, follows the paper's formulas rather than the
 package's order of operations, and shares no code with the package.
 """
+
 import copy
 import gc
 import io
@@ -27,7 +28,12 @@ from glasses_nb.ademamix.half_life import beta_from_half_life, half_life
 from glasses_nb.ademamix.optimizer import AdEMAMix
 from glasses_nb.ademamix.schedules import alpha_at, beta3_at, memory_exponent
 
-pytestmark = pytest.mark.filterwarnings("ignore:AdEMAMix")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:AdEMAMix"),
+    pytest.mark.filterwarnings(
+        "ignore:.*torch.jit:DeprecationWarning"
+    ),  # said by torch's compiler of itself
+]
 PATHS = [dict(foreach=False), dict(foreach=True), dict(fused=True)]
 EAGER = PATHS[:2]
 BETAS = (0.9, 0.999, 0.9999)
@@ -62,8 +68,19 @@ def reference_beta3(t, beta3, warmup, start):
 class Reference:
     "Algorithm 1 for one array."
 
-    def __init__(self, theta, lr=1e-3, betas=BETAS, alpha=5.0, beta3_warmup=None, alpha_warmup=None,
-                 eps=1e-8, weight_decay=0.0, maximize=False, **ignored):
+    def __init__(
+        self,
+        theta,
+        lr=1e-3,
+        betas=BETAS,
+        alpha=5.0,
+        beta3_warmup=None,
+        alpha_warmup=None,
+        eps=1e-8,
+        weight_decay=0.0,
+        maximize=False,
+        **ignored,
+    ):
         self.theta = np.asarray(theta, dtype=np.float64)
         self.lr, self.betas, self.alpha = float(lr), tuple(map(float, betas)), alpha
         self.warmups, self.start = (beta3_warmup, alpha_warmup), self.betas[0]
@@ -84,7 +101,9 @@ class Reference:
         m = self.fast / (1 - b1**self.t)
         v = self.square / (1 - b2**self.t)
         old = self.theta
-        self.theta = old - self.lr * ((m + alpha * self.slow) / (np.sqrt(v) + self.eps) + self.decay * old)
+        self.theta = old - self.lr * (
+            (m + alpha * self.slow) / (np.sqrt(v) + self.eps) + self.decay * old
+        )
         return self.theta
 
 
@@ -106,7 +125,7 @@ def run(optimizer_of, shapes, steps, dtype=torch.float32, seed=1, **settings):
 
 
 def feed(optimizers, steps, seed=5, between=None):
-    "The same gradients to several optimizers over parameters of equal shapes."
+    "Give the same gradients to several optimizers over parameters of equal shapes."
     generator = torch.Generator().manual_seed(seed)
     lists = [[p for g in o.param_groups for p in g["params"]] for o in optimizers]
     for i in range(steps):
@@ -144,7 +163,9 @@ def twins(shapes=((3, 4), (5,)), dtype=torch.float32, count=2):
 # -- 1 to 3: half-lives and schedules
 
 
-@pytest.mark.parametrize("beta, steps", [(0.9, 5.5788), (0.9999, 6930.1252), (0.5, 0.0), (0.99, 67.9676)])
+@pytest.mark.parametrize(
+    "beta, steps", [(0.9, 5.5788), (0.9999, 6930.1252), (0.5, 0.0), (0.99, 67.9676)]
+)
 def test_half_life(beta, steps):
     assert half_life(beta) == pytest.approx(steps, abs=1e-3)
     assert 1 - beta ** (half_life(beta) + 1) == pytest.approx(0.5, abs=1e-12)
@@ -170,10 +191,14 @@ def test_schedule_table(row):
         assert beta3_at(mu * 1000, end, 1000) == pytest.approx(value, abs=1e-8)
 
 
-@pytest.mark.parametrize("start, end", [(0.9, 0.999), (0.9, 0.9999), (0.9, 0.99999), (0.0, 0.999), (0.5, 0.9999)])
+@pytest.mark.parametrize(
+    "start, end", [(0.9, 0.999), (0.9, 0.9999), (0.9, 0.99999), (0.0, 0.999), (0.5, 0.9999)]
+)
 def test_schedule_shape(start, end):
     T = 256_000
-    steps = np.unique(np.r_[np.arange(0, 2000), np.linspace(0, T, 5001).astype(int), np.arange(T - 200, T + 3)])
+    steps = np.unique(
+        np.r_[np.arange(0, 2000), np.linspace(0, T, 5001).astype(int), np.arange(T - 200, T + 3)]
+    )
     values = np.array([beta3_at(int(t), end, T, start) for t in steps])
     assert values[0] == start and (values[steps >= T] == end).all()
     assert (np.diff(values) >= 0).all() and values.max() <= end
@@ -186,6 +211,7 @@ def test_schedule_shape(start, end):
 
 def test_schedule_against_the_one_with_a_guard_in_the_logarithm():
     "The official function adds 1e-8 inside its logarithm: close, yet above the end near the end."
+
     def official(t, end, T, start=0.9):
         half = lambda beta: math.log(0.5) / math.log(beta + 1e-8) - 1
         if t >= T:
@@ -193,7 +219,9 @@ def test_schedule_against_the_one_with_a_guard_in_the_logarithm():
         return 0.5 ** (1 / ((1 - t / T) * half(start) + t / T * half(end) + 1))
 
     for T in (1000, 256_000):
-        steps = np.unique(np.r_[np.arange(1, 1000), np.linspace(1, T, 3000).astype(int), np.arange(T - 100, T)])
+        steps = np.unique(
+            np.r_[np.arange(1, 1000), np.linspace(1, T, 3000).astype(int), np.arange(T - 100, T)]
+        )
         theirs = np.array([official(int(t), 0.9999, T) for t in steps])
         ours = np.array([beta3_at(int(t), 0.9999, T) for t in steps])
         assert np.abs(ours - theirs).max() < 3e-6
@@ -206,7 +234,9 @@ def test_alpha_schedule():
     assert alpha_at(100, 8.0, 100) == alpha_at(10**6, 8.0, 100) == alpha_at(1, 8.0) == 8
 
 
-@pytest.mark.parametrize("T, end, p", [(256_000, 0.9999, 25.6), (32_000, 0.9999, 3.2), (6000, 0.9999, 0.6)])
+@pytest.mark.parametrize(
+    "T, end, p", [(256_000, 0.9999, 25.6), (32_000, 0.9999, 3.2), (6000, 0.9999, 0.6)]
+)
 def test_memory_exponent(T, end, p):
     assert memory_exponent(T, end) == pytest.approx(p, rel=2e-3)
     kept = np.prod([beta3_at(t, end, T) for t in range(T // 10, T)])
@@ -305,7 +335,11 @@ group_values = st.fixed_dictionaries(
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(params=shape_lists, groups=st.tuples(group_values, group_values, group_values), seed=st.integers(0, 99))
+@given(
+    params=shape_lists,
+    groups=st.tuples(group_values, group_values, group_values),
+    seed=st.integers(0, 99),
+)
 def test_any_shape_stride_dtype_and_group(params, groups, seed):
     generator = torch.Generator().manual_seed(seed)
 
@@ -321,7 +355,9 @@ def test_any_shape_stride_dtype_and_group(params, groups, seed):
     for path in EAGER:
         mine = [nn.Parameter(laid_out(v.clone(), lay)) for v, (_, lay, *_) in zip(values, params)]
         used = [i for i in range(3) if any(row[4] == i for row in params)]
-        split = [dict(groups[i], params=[p for p, row in zip(mine, params) if row[4] == i]) for i in used]
+        split = [
+            dict(groups[i], params=[p for p, row in zip(mine, params) if row[4] == i]) for i in used
+        ]
         both.append(mine)
         optimizers.append(AdEMAMix(split, **path))
     references = [Reference(plain(p), **groups[row[4]]) for p, row in zip(both[0], params)]
@@ -391,7 +427,9 @@ PAIRS = [
 def test_alpha_zero_is_adamw_bit_for_bit(betas, dtype, path, theirs):
     shapes = [(3, 4), (70_001,), (), (17, 2, 3)]
     own, other = twins(shapes, dtype)
-    a = AdEMAMix(own, lr=3e-3, weight_decay=0.1, alpha=0.0, betas=(*betas, 0.9999), beta3_warmup=50, **path)
+    a = AdEMAMix(
+        own, lr=3e-3, weight_decay=0.1, alpha=0.0, betas=(*betas, 0.9999), beta3_warmup=50, **path
+    )
     b = torch.optim.AdamW(other, lr=3e-3, weight_decay=0.1, betas=betas, foreach=theirs)
     feed([a, b], 200)
     assert same(own, other)
@@ -428,11 +466,16 @@ def constant_gradient(steps, lr=1e-3, g=1.0, **settings):
         (dict(steps=1000, alpha=5.0), -1.24212051345949),
         (dict(steps=1000, alpha=5.0, g=-3e4), 1.24212051345949),
         (dict(steps=200, alpha=8.0, beta3_warmup=100, alpha_warmup=100), -0.2611971395),
-        (dict(steps=200, alpha=8.0, beta3_warmup=100, alpha_warmup=100, betas=(0.9, 0.999, 0.999)), -0.6302096178),
+        (
+            dict(steps=200, alpha=8.0, beta3_warmup=100, alpha_warmup=100, betas=(0.9, 0.999, 0.999)),
+            -0.6302096178,
+        ),
     ],
 )
 def test_constant_gradient(kind, expected):
-    assert constant_gradient(**kind) == pytest.approx(expected, abs=1e-12 if "beta3_warmup" not in kind else 1e-10)
+    assert constant_gradient(**kind) == pytest.approx(
+        expected, abs=1e-12 if "beta3_warmup" not in kind else 1e-10
+    )
 
 
 @pytest.mark.parametrize("b3, product", [(0.9999, 0.9413207477), (0.999, 0.5905514362)])
@@ -445,8 +488,7 @@ def test_mass_of_a_scheduled_average(b3, product):
     factors = [reference_beta3(t, b3, 100, 0.9) for t in range(1, 201)]
     mass = optimizer.state[p]["exp_avg_slow"].item()
     assert mass == pytest.approx(1 - np.prod(factors), abs=1e-12)
-    assert np.prod(factors[:100]) != pytest.approx(1)
-    assert (1 - mass) == pytest.approx(product, rel=1e-9) or np.prod(factors) == pytest.approx(product, rel=1e-9)
+    assert 1 - mass == pytest.approx(product, rel=1e-9)
 
 
 @pytest.mark.parametrize("T, factor", [(100, 1.000727988), (1000, 1.000400290), (None, 1.0008)])
@@ -510,12 +552,17 @@ def test_without_the_fast_average(path):
     assert sorted(own) == ["exp_avg_slow", "exp_avg_sq", "step"]
     assert sum(v.nbytes for k, v in own.items() if k != "step") == 8 * params[0].numel()
     params, optimizer = run(AdEMAMix, [(64, 64)], 3, **path)
-    assert sum(v.nbytes for k, v in optimizer.state[params[0]].items() if k != "step") == 12 * params[0].numel()
+    assert (
+        sum(v.nbytes for k, v in optimizer.state[params[0]].items() if k != "step")
+        == 12 * params[0].numel()
+    )
 
 
 # -- 11: state dicts
 
-SCHEDULED = dict(lr=0.01, weight_decay=0.1, alpha=8.0, beta3_warmup=20, alpha_warmup=20, betas=(0.9, 0.999, 0.99))
+SCHEDULED = dict(
+    lr=0.01, weight_decay=0.1, alpha=8.0, beta3_warmup=20, alpha_warmup=20, betas=(0.9, 0.999, 0.99)
+)
 
 
 def through_a_file(state_dict):
@@ -573,7 +620,9 @@ def test_an_older_state_dict_without_the_later_keys():
     assert same(states(a), states(c)) and c.param_groups[0]["alpha"] == 7.0
 
 
-@pytest.mark.parametrize("options", [dict(foreach=False), dict(foreach=True), dict(fused=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(foreach=False), dict(foreach=True), dict(fused=True)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adamw_checkpoint_loads_and_alpha_zero_continues_it(options, dtype):
     first, second = twins(dtype=dtype)
@@ -585,7 +634,9 @@ def test_an_adamw_checkpoint_loads_and_alpha_zero_continues_it(options, dtype):
     ours = AdEMAMix(second, alpha=0.0, foreach=options.get("foreach"))
     ours.load_state_dict(through_a_file(adamw.state_dict()))
     group = ours.param_groups[0]
-    assert group["betas"] == (0.8, 0.99, 0.9999) and group["lr"] == 0.02 and group["weight_decay"] == 0.3
+    assert (
+        group["betas"] == (0.8, 0.99, 0.9999) and group["lr"] == 0.02 and group["weight_decay"] == 0.3
+    )
     feed([adamw, ours], 12, seed=8)
     if options.get("fused"):
         rough = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)
@@ -602,7 +653,7 @@ def test_from_adamw(form):
     values = torch.randn(6, dtype=torch.float64)
     p = nn.Parameter(values.clone())
     adamw = torch.optim.AdamW([("p", p)] if form == "named" else [p], **kind)
-    reference = Reference(to_numpy(values), lr=0.02, betas=(0.8, 0.99, 0.999), weight_decay=0.3, eps=1e-6, alpha=0.0)
+    reference = Reference(to_numpy(values), **{**kind, "betas": (0.8, 0.99, 0.999), "alpha": 0.0})
     grads = torch.randn(40, 6, dtype=torch.float64)
     for g in grads[:15]:
         p.grad = g.clone()
@@ -642,7 +693,9 @@ def test_groups_keep_their_own_schedule_when_an_adamw_checkpoint_is_loaded():
     (a, b), _ = twins()
     adamw = torch.optim.AdamW([dict(params=[a]), dict(params=[b])])
     feed([adamw], 3)
-    ours = AdEMAMix([dict(params=[a], alpha=1.0), dict(params=[b], alpha=3.0, alpha_warmup=50, beta3_warmup=90_000)])
+    ours = AdEMAMix(
+        [dict(params=[a], alpha=1.0), dict(params=[b], alpha=3.0, alpha_warmup=50, beta3_warmup=90_000)]
+    )
     ours.load_state_dict(adamw.state_dict())
     assert [g["alpha"] for g in ours.param_groups] == [1.0, 3.0]
     assert ours.param_groups[1]["alpha_warmup"] == 50 and ours.param_groups[1]["beta3_warmup"] == 90_000
@@ -680,7 +733,10 @@ def wrong_states():
 
     own = trained(AdEMAMix)
     two = copy.deepcopy(own)
-    two["param_groups"] = [dict(two["param_groups"][0], params=[0]), dict(two["param_groups"][0], params=[1])]
+    two["param_groups"] = [
+        dict(two["param_groups"][0], params=[0]),
+        dict(two["param_groups"][0], params=[1]),
+    ]
     return {
         "another shape": trained(AdEMAMix, shapes=((4, 3), (5,))),
         "another shape of AdamW": trained(torch.optim.AdamW, shapes=((3, 4), (6,))),
@@ -699,8 +755,17 @@ def wrong_states():
 
 
 WRONG = [
-    "another shape", "another shape of AdamW", "fewer parameters", "more parameters", "more groups",
-    "more groups, the first one fits", "SGD", "Adagrad", "RMSprop", "AMSGrad", "coupled Adam",
+    "another shape",
+    "another shape of AdamW",
+    "fewer parameters",
+    "more parameters",
+    "more groups",
+    "more groups, the first one fits",
+    "SGD",
+    "Adagrad",
+    "RMSprop",
+    "AMSGrad",
+    "coupled Adam",
 ]
 
 
@@ -731,7 +796,10 @@ def test_uncoupled_adam_is_as_good_as_adamw():
 # -- 12 and 13: paths agree
 
 
-@pytest.mark.parametrize("kind", [SCHEDULED, dict(SCHEDULED, betas=(0.0, 0.9, 0.99)), dict(SCHEDULED, maximize=True)], ids=str)
+VARIANTS = [SCHEDULED, dict(SCHEDULED, betas=(0.0, 0.9, 0.99)), dict(SCHEDULED, maximize=True)]
+
+
+@pytest.mark.parametrize("kind", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_foreach_equals_the_loop_bit_for_bit(kind, dtype):
     if dtype == torch.bfloat16:  # for other values torch's own foreach and loop differ
@@ -745,7 +813,9 @@ def test_foreach_equals_the_loop_bit_for_bit(kind, dtype):
 def test_fused_equals_the_loop_within_rounding():
     shapes = [(3, 4), (), (70_001,), (300, 300), (1,), (0,), (128, 128), (128, 129)]
     one, two = twins(shapes)
-    feed([a := AdEMAMix(one, fused=False, **SCHEDULED), b := AdEMAMix(two, fused=True, **SCHEDULED)], 30)
+    feed(
+        [a := AdEMAMix(one, fused=False, **SCHEDULED), b := AdEMAMix(two, fused=True, **SCHEDULED)], 30
+    )
     for x, y in zip(states(a), states(b), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
@@ -762,14 +832,18 @@ def test_fused_half_precision_rounds_once():
             r, own = Reference(to_numpy(p), **SCHEDULED), optimizer.state.get(p)
             r.t = r.since = t - 1
             if own:
-                r.fast, r.slow, r.square = (to_numpy(own[k]) for k in ("exp_avg", "exp_avg_slow", "exp_avg_sq"))
+                r.fast, r.slow, r.square = (
+                    to_numpy(own[k]) for k in ("exp_avg", "exp_avg_slow", "exp_avg_sq")
+                )
             r.step(to_numpy(p.grad))
             exact.append(r)
         optimizer.step()
         for p, r in zip(params, exact):
             own = optimizer.state[p]
             for value, want in ((p, r.theta), (own["exp_avg"], r.fast), (own["exp_avg_sq"], r.square)):
-                np.testing.assert_allclose(to_numpy(value), want, rtol=2**-8, atol=1e-6)  # half a unit in the last place
+                np.testing.assert_allclose(
+                    to_numpy(value), want, rtol=2**-8, atol=1e-6
+                )  # half of the last place
             np.testing.assert_allclose(to_numpy(own["exp_avg_slow"]), r.slow, rtol=1e-5, atol=1e-7)
 
 
@@ -795,8 +869,10 @@ def test_one_compiled_graph_while_everything_moves():
     "Float64 without a fast average is compiled nowhere else in this file."
     from torch._dynamo.utils import counters
 
-    [*params], _ = twins([(300, 300), (3,), (200, 100), (5, 5)], torch.float64)
-    optimizer = AdEMAMix(params, fused=True, alpha=8.0, betas=(0.0, 0.999, 0.99), beta3_warmup=15, alpha_warmup=15)
+    params, _ = twins([(300, 300), (3,), (200, 100), (5, 5)], torch.float64)
+    optimizer = AdEMAMix(
+        params, fused=True, alpha=8.0, betas=(0.0, 0.999, 0.99), beta3_warmup=15, alpha_warmup=15
+    )
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 20)
     before = counters["stats"]["unique_graphs"]
     feed([optimizer], 20, between=lambda i: scheduler.step())
@@ -831,8 +907,11 @@ print("fell back")
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
-    env = dict(os.environ, CXX="/nonexistent/c++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-c", NO_COMPILER], env=env, capture_output=True, text=True, timeout=300)
+    env = dict(
+        os.environ, CXX="/nonexistent/c++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1"
+    )
+    command = [sys.executable, "-c", NO_COMPILER]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "fell back" in done.stdout, done.stderr[-3000:]
 
 
@@ -855,7 +934,7 @@ def test_the_fused_step_moves_memory_at_half_the_speed_of_a_copy(report):
 
     optimizer.step()
     with torch.no_grad():
-        for _ in range(4):  # a busy machine may need another try
+        for _ in range(10):  # a busy machine may need another try
             copied = best(lambda: target.copy_(source), 8 * p.numel())
             stepped = best(optimizer.step, 36 * p.numel())
             if stepped > copied / 2:
@@ -879,7 +958,7 @@ def peak_of_a_step(shapes, **settings):
     return peak, sum(p.nbytes for p in params)
 
 
-@pytest.mark.parametrize("path", PATHS + [dict(foreach=False, maximize=True), dict(foreach=True, maximize=True)], ids=path_name)
+@pytest.mark.parametrize("path", PATHS + [dict(path, maximize=True) for path in EAGER], ids=path_name)
 @pytest.mark.parametrize("kind", ["like a model", "one tensor", "small tensors only"])
 def test_a_step_needs_little_memory(kind, path):
     shapes = {
@@ -974,7 +1053,9 @@ def test_a_short_schedule_is_warned_of_once_with_the_number():
     assert "0.6" in said and "6000" in said and "0.9999" in said
 
 
-@pytest.mark.parametrize("kind", [dict(beta3_warmup=100_000), dict(betas=(0.9, 0.999, 0.999), beta3_warmup=5000)])
+@pytest.mark.parametrize(
+    "kind", [dict(beta3_warmup=100_000), dict(betas=(0.9, 0.999, 0.999), beta3_warmup=5000)]
+)
 def test_healthy_settings_are_silent(kind):
     assert messages(lambda: AdEMAMix(twins()[0], alpha_warmup=10, **kind)) == []
 
@@ -986,7 +1067,10 @@ def test_settings_that_make_dead_coordinates_race_are_warned_of():
 
 
 def test_nothing_is_warned_of_when_the_slow_average_has_no_weight():
-    assert messages(lambda: AdEMAMix(twins()[0], alpha=0.0, beta3_warmup=100, betas=(0.9, 0.95, 0.9999))) == []
+    assert (
+        messages(lambda: AdEMAMix(twins()[0], alpha=0.0, beta3_warmup=100, betas=(0.9, 0.95, 0.9999)))
+        == []
+    )
 
 
 UNSCHEDULED = """
@@ -1009,18 +1093,40 @@ print("good")
 
 
 def test_a_large_alpha_from_the_first_step_is_warned_of_once_in_a_process():
-    done = subprocess.run([sys.executable, "-c", UNSCHEDULED], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", UNSCHEDULED], capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip() == "good", done.stderr
 
 
 BAD = [
-    ("lr", -1e-3), ("lr", math.nan), ("lr", math.inf), ("lr", torch.tensor(math.nan)), ("lr", torch.ones(2)),
-    ("lr", "0.1"), ("lr", None), ("alpha", -1.0), ("alpha", math.nan), ("alpha", None), ("eps", -1e-8),
-    ("eps", math.nan), ("weight_decay", -0.1), ("weight_decay", math.inf), ("beta3_warmup", 0),
-    ("beta3_warmup", -5), ("beta3_warmup", math.nan), ("beta3_warmup", "all"), ("alpha_warmup", 0),
-    ("alpha_warmup", math.inf), ("betas", (0.9, 0.999)), ("betas", (1.0, 0.999, 0.9999)),
-    ("betas", (0.9, -0.1, 0.9999)), ("betas", (0.9, 0.999, 1.0)), ("betas", (0.9, 0.999, math.nan)),
-    ("betas", 0.9), ("betas", ("a", 0.9, 0.9)),
+    ("lr", -1e-3),
+    ("lr", math.nan),
+    ("lr", math.inf),
+    ("lr", torch.tensor(math.nan)),
+    ("lr", torch.ones(2)),
+    ("lr", "0.1"),
+    ("lr", None),
+    ("alpha", -1.0),
+    ("alpha", math.nan),
+    ("alpha", None),
+    ("eps", -1e-8),
+    ("eps", math.nan),
+    ("weight_decay", -0.1),
+    ("weight_decay", math.inf),
+    ("beta3_warmup", 0),
+    ("beta3_warmup", -5),
+    ("beta3_warmup", math.nan),
+    ("beta3_warmup", "all"),
+    ("alpha_warmup", 0),
+    ("alpha_warmup", math.inf),
+    ("betas", (0.9, 0.999)),
+    ("betas", (1.0, 0.999, 0.9999)),
+    ("betas", (0.9, -0.1, 0.9999)),
+    ("betas", (0.9, 0.999, 1.0)),
+    ("betas", (0.9, 0.999, math.nan)),
+    ("betas", 0.9),
+    ("betas", ("a", 0.9, 0.9)),
 ]
 
 
@@ -1036,7 +1142,9 @@ def test_values_out_of_range_are_refused_by_name(name, value):
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("pair", [("foreach", "fused"), ("fused", "differentiable"), ("foreach", "differentiable")])
+@pytest.mark.parametrize(
+    "pair", [("foreach", "fused"), ("fused", "differentiable"), ("foreach", "differentiable")], ids=str
+)
 def test_paths_exclude_one_another(pair):
     with pytest.raises((ValueError, RuntimeError), match=pair[0]):
         AdEMAMix(twins()[0], **dict.fromkeys(pair, True))
@@ -1060,7 +1168,13 @@ def test_what_is_given_as_parameters():
 
 @pytest.mark.parametrize("path", PATHS + [dict(capturable=True)], ids=path_name)
 def test_whole_numbers_of_numpy_are_numbers(path):
-    AdEMAMix(twins()[0], beta3_warmup=np.int64(10**6), alpha_warmup=np.float32(10), lr=np.float64(0.1), **path)
+    AdEMAMix(
+        twins()[0],
+        beta3_warmup=np.int64(10**6),
+        alpha_warmup=np.float32(10),
+        lr=np.float64(0.1),
+        **path,
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf, torch.tensor(math.nan)], ids=str)
@@ -1094,7 +1208,9 @@ def test_sparse_gradients_are_refused_before_anything_moves():
 def test_it_goes_in_the_right_direction(path, maximize):
     weight, bias = nn.Parameter(torch.randn(10, 5)), nn.Parameter(torch.randn(10))
     x = torch.randn(5)
-    optimizer = AdEMAMix([weight, bias], lr=1e-2, maximize=maximize, beta3_warmup=10**6, alpha_warmup=100, **path)
+    optimizer = AdEMAMix(
+        [weight, bias], lr=1e-2, maximize=maximize, beta3_warmup=10**6, alpha_warmup=100, **path
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -1232,7 +1348,10 @@ def test_a_group_added_later_starts_its_own_schedule():
 
 def test_groups_have_values_of_their_own():
     (a, b), (c, d) = twins([(4,), (4,)])
-    first, second = dict(lr=0.1, alpha=1.0), dict(weight_decay=0.3, beta3_warmup=30, betas=(0.5, 0.9, 0.99))
+    first, second = (
+        dict(lr=0.1, alpha=1.0),
+        dict(weight_decay=0.3, beta3_warmup=30, betas=(0.5, 0.9, 0.99)),
+    )
     both = AdEMAMix([dict(params=[a], **first), dict(params=[b], **second)], lr=0.02, alpha=4.0)
     single = [AdEMAMix([c], **first), AdEMAMix([d], **{"lr": 0.02, "alpha": 4.0, **second})]
     for _ in range(12):
@@ -1274,7 +1393,10 @@ def test_a_load_hook_sees_and_may_change_the_state():
     other = AdEMAMix(twins([(3,)])[0])
 
     def rename(optimizer, state_dict):
-        state = {k: {n.removeprefix("old_"): v for n, v in own.items()} for k, own in state_dict["state"].items()}
+        state = {
+            k: {n.removeprefix("old_"): v for n, v in own.items()}
+            for k, own in state_dict["state"].items()
+        }
         return {**state_dict, "state": state}
 
     saved = optimizer.state_dict()
@@ -1284,7 +1406,11 @@ def test_a_load_hook_sees_and_may_change_the_state():
     assert other.state[other.param_groups[0]["params"][0]]["step"] == 2
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def pickled(optimizer):
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("path", PATHS, ids=path_name)
 def test_copies_go_on_alike(copied, path):
     params, optimizer = run(AdEMAMix, [(3, 4), (5,)], 5, **SCHEDULED, **path)
@@ -1356,17 +1482,28 @@ def test_autocast():
 @pytest.mark.parametrize("kind", [dict(), dict(maximize=True), dict(betas=(0.0, 0.99, 0.999))], ids=str)
 def test_gradients_flow_through_a_differentiable_step(kind):
     keys = ["exp_avg", "exp_avg_slow", "exp_avg_sq"]
-    settings_ = {"lr": 0.1, "betas": (0.9, 0.99, 0.999), "weight_decay": 0.1, "alpha": 2.0,
-                 "alpha_warmup": 5, "beta3_warmup": 5, **kind}
+    settings_ = {
+        "lr": 0.1,
+        "betas": (0.9, 0.99, 0.999),
+        "weight_decay": 0.1,
+        "alpha": 2.0,
+        "alpha_warmup": 5,
+        "beta3_warmup": 5,
+        **kind,
+    }
     if settings_["betas"][0] == 0:
         keys = keys[1:]
 
     def step(p, g, *own):
         p = p.clone()
         p.grad = g
-        optimizer = AdEMAMix([torch.zeros(3, dtype=p.dtype, requires_grad=True)], differentiable=True, **settings_)
+        optimizer = AdEMAMix(
+            [torch.zeros(3, dtype=p.dtype, requires_grad=True)], differentiable=True, **settings_
+        )
         optimizer.param_groups[0]["params"] = [p]
-        optimizer.state[p] = dict(zip(keys, (x.clone() for x in own)), step=torch.tensor(2.0, dtype=torch.float64))
+        optimizer.state[p] = dict(
+            zip(keys, (x.clone() for x in own)), step=torch.tensor(2.0, dtype=torch.float64)
+        )
         optimizer.step()
         optimizer.step()
         return p, *(optimizer.state[p][k] for k in keys)
@@ -1408,11 +1545,16 @@ def test_an_empty_step_with_rate_zero(rate, path, beta1):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert same(params, before)
-    assert all(optimizer.state[p]["step"] == 1 and not optimizer.state[p]["exp_avg_slow"].any() for p in params)
+    assert all(
+        optimizer.state[p]["step"] == 1 and not optimizer.state[p]["exp_avg_slow"].any() for p in params
+    )
 
 
 def test_distributed_checkpoints():
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
 
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)
     second.load_state_dict(first.state_dict())
@@ -1430,9 +1572,10 @@ def test_nothing_keeps_a_finished_optimizer_alive():
     try:
         params, optimizer = run(AdEMAMix, [(3, 4)], 3, **SCHEDULED)
         optimizer.load_state_dict(optimizer.state_dict())
-        gone = [weakref.ref(optimizer), weakref.ref(optimizer.state[params[0]]["exp_avg_slow"]), weakref.ref(params[0])]
-        del params, optimizer
-        assert [ref() for ref in gone] == [None, None, None]
+        slow = optimizer.state[params[0]]["exp_avg_slow"]
+        gone = [weakref.ref(thing) for thing in (optimizer, params[0], slow)]
+        del params, optimizer, slow
+        assert all(ref() is None for ref in gone)
     finally:
         gc.enable()
 
