@@ -421,7 +421,7 @@ def check_run(
     return dict(alpha=default if alpha is None else alpha, exponent=6.0 if exponent is None else exponent,
                 switch_at=switch_at)
 
-# %% ../nbs/90_cli.ipynb #b500f595
+# %% ../nbs/90_cli.ipynb #67b5a2b5
 def kept_step(
     folder: Path,  # of a run
 ) -> int:  # 0 if there is no checkpoint
@@ -431,7 +431,7 @@ def kept_step(
     parts = [folder / "checkpoints" / part for part in ("", "before", "after")]  # a switched run has two
     return max([0, *(step for part in parts for step in checkpoints(part))])
 
-
+# %% ../nbs/90_cli.ipynb #1262f877
 def check_folder(
     folder: Path,  # of a run, perhaps not there yet
     settings: dict,  # what decides the run that should go there

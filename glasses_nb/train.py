@@ -279,14 +279,14 @@ def _evaluate(run, evaluate):
             f"got {metrics!r}")
     return {name: float(value) for name, value in metrics.items()}
 
-# %% ../nbs/03_train.ipynb #2f9a4a47
+# %% ../nbs/03_train.ipynb #3d984a97
 def _plain(value):
     "The same value without NumPy scalars."
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+    if type(value) in (list, tuple):
         return type(value)(_plain(v) for v in value)
     return value
 
@@ -410,7 +410,7 @@ def _session(accelerator, mixed_precision):
         shared.clear()
         shared.update(before)
 
-# %% ../nbs/03_train.ipynb #54b7bbe0
+# %% ../nbs/03_train.ipynb #01b70321
 @contextmanager
 def _wrapped(accelerator, model, optimizer):
     "Model and optimizer as prepared by `accelerator`; both are as before when the run is over."
@@ -422,7 +422,7 @@ def _wrapped(accelerator, model, optimizer):
         for one in lists:
             one.clear()
         model_, optimizer_ = accelerator.prepare(model, optimizer)
-        if accelerator.scaler is None and isinstance(optimizer_, AcceleratedOptimizer):
+        if accelerator.scaler is None:
             optimizer_ = optimizer_.optimizer  # its own step only adds time then
         model_.train()
         yield model_, optimizer_

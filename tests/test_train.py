@@ -188,7 +188,7 @@ def go_and_die_in_step(folder, last, save_every):
 
 
 def go_and_die_in_event(folder, number, told=None):
-    "Die when Python opens, renames, makes or removes something in `folder` for the `number`-th time."
+    "Die when Python opens, renames, makes or removes a thing in `folder` for the `number`-th time."
     torch.set_num_threads(1)
     watched = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir", "os.listdir"}
     names = []
@@ -630,7 +630,7 @@ def test_bar(capfd, monkeypatch):
 def test_time_per_step(report):
     "What the loop adds to a step must stay far below a millisecond, the step of a tiny model."
     x = torch.rand(512, 4)
-    data, n = TensorDataset(x, x.sum(1, keepdim=True)), 400
+    data, n = TensorDataset(x, x.sum(1, keepdim=True)), 200
     model = torch.nn.Linear(4, 1)
     options = dict(batch_size=16, progress=False, log_every=50)
 
@@ -646,7 +646,7 @@ def test_time_per_step(report):
         train(model, adamw(model.parameters()), data, loss, steps=n, **options)
 
     times = {plain: [], ours: []}
-    for _ in range(4):
+    for _ in range(3):
         for function in times:
             began = time.process_time()
             function()
