@@ -66,7 +66,7 @@ def _one_line(debug):
             tell(text)
             sys.exit(code)
 
-# %% ../nbs/90_cli.ipynb #75a8e166
+# %% ../nbs/90_cli.ipynb #fb85d658
 class OneLineGroup(TyperGroup):
     "A command of commands in which a failure is one line and an exit code."
 
@@ -83,7 +83,7 @@ class OneLineGroup(TyperGroup):
 _plain = dict(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
 _names = dict(help_option_names=["-h", "--help"])
 app = typer.Typer(cls=OneLineGroup, context_settings=_names, **_plain)
-ademamix_app = typer.Typer(help="AdEMAMix, an optimizer with a long memory (arXiv 2409.03137).", **_plain)
+ademamix_app = typer.Typer(help="AdEMAMix, an optimizer with a long memory (2409.03137).", **_plain)
 app.add_typer(ademamix_app, name="ademamix")
 
 # %% ../nbs/90_cli.ipynb #31a090f6
@@ -118,7 +118,7 @@ def main():
         stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     app()
 
-# %% ../nbs/90_cli.ipynb #012f81b3
+# %% ../nbs/90_cli.ipynb #470455e5
 def frame_text(
     frame,  # a pandas frame
     **formats: str,  # column -> format, as in valid_loss=".4f"; floats have ".6g" otherwise
@@ -130,7 +130,8 @@ def frame_text(
         form = formats.get(name, ".6g" if kind == "f" else "")
         cells = [name, *("-" if v != v else format(v, form) for v in values)]
         width = max(len(cell) for cell in cells)
-        columns.append([cell.rjust(width) if kind in "iuf" else cell.ljust(width) for cell in cells])
+        side = str.rjust if kind in "iuf" else str.ljust
+        columns.append([side(cell, width) for cell in cells])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
 
 # %% ../nbs/90_cli.ipynb #10accea8
@@ -273,7 +274,7 @@ def _count(help, least=1, most=None):
 def _real(help, zero=False):
     return typer.Option(help=help, parser=positive_number(zero), metavar="X")
 
-# %% ../nbs/90_cli.ipynb #d8aa6339
+# %% ../nbs/90_cli.ipynb #41e25170
 def half_life_table(
     betas=(),  # decay rates
     steps=(),  # half-lives, for which decay rates are wanted
@@ -288,16 +289,19 @@ def half_life_table(
     return pd.DataFrame(rows, columns=["beta", "half_life"], dtype=float)
 
 
-_Betas = Annotated[Optional[list[float]], typer.Argument(metavar="[BETA]...", help="Decay rates.", parser=any_number)]
-_Ages = Annotated[Optional[list[float]], typer.Option("--steps", metavar="AGE", help="A half-life in steps.",
-                                                      parser=any_number)]
+_numbers = dict(parser=any_number)
+_Betas = Annotated[Optional[list[float]],
+                   typer.Argument(metavar="[BETA]...", help="Decay rates.", **_numbers)]
+_Ages = Annotated[Optional[list[float]],
+                  typer.Option("--steps", metavar="AGE", help="A half-life in steps.", **_numbers)]
 
 
 @ademamix_app.command("half-life", context_settings=dict(ignore_unknown_options=True))
 def _half_life(betas: _Betas = None, steps: _Ages = None):
     "Print the half-lives of decay rates. With --steps, the decay rate of a half-life."
     if not betas and not steps:
-        raise ValueError("give decay rates, as in: half-life 0.9 0.9999, or a half-life: --steps 6930")
+        raise ValueError("give decay rates, as in: half-life 0.9 0.9999, or a half-life, "
+                         "as in: half-life --steps 6930")
     typer.echo(frame_text(half_life_table(betas or (), steps or ()), beta=".10g"))
 
 # %% ../nbs/90_cli.ipynb #583442d5
@@ -325,7 +329,7 @@ def schedule_table(
     table["half_life"] = [half_life(b) if b else -1.0 for b in table["beta3"]]
     return table
 
-# %% ../nbs/90_cli.ipynb #2ae9ed62
+# %% ../nbs/90_cli.ipynb #ba761047
 def advice(
     steps: int,  # length of the beta3 schedule
     beta3: float,  # final decay rate of the slow average
@@ -337,7 +341,7 @@ def advice(
     p = memory_exponent(steps, beta3, beta1)
     better = f"; --beta3 {1 - 10 / steps:.6g} would give about 10" if steps > 100 else ""
     if p < 1:
-        said = "too low: the slow average keeps the first gradients, and training can explode" + better
+        said = f"too low: the slow average keeps the first gradients, training can explode{better}"
     elif p < 3:
         said = "low: healthy runs lie between 3 and 100" + better
     elif p <= 100:
@@ -363,13 +367,13 @@ def _bars(values, width=20):
     "Lengths of `#`, the largest of `width`."
     return ["#" * round(width * max(v, 0) / max(*values, 1e-9)) for v in values]
 
-# %% ../nbs/90_cli.ipynb #e6952bec
+# %% ../nbs/90_cli.ipynb #9f9e03b9
 _Length = Annotated[int, _count("Length of the run.")]
 _Beta3 = Annotated[float, _real("Final decay rate of the slow average.")]
 _Beta1 = Annotated[float, _real("Decay rate of the fast average, where beta3 starts.", zero=True)]
 _Weight = Annotated[float, _real("Final weight of the slow average.", zero=True)]
 _Warmup = Annotated[Optional[int], _count("Steps of both schedules [the whole run].")]
-_Plot = Annotated[Optional[Path], typer.Option(help="Draw both schedules into this file (png, svg or pdf).")]
+_Plot = Annotated[Optional[Path], typer.Option(help="Draw both into this file (png, svg, pdf).")]
 _Csv = Annotated[Optional[Path], typer.Option(help="Write the table to this file.")]
 _Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
@@ -384,17 +388,19 @@ def _schedule(steps: _Length, beta3: _Beta3 = 0.9999, alpha: _Weight = 5.0, beta
         raise ValueError(f"{plot} names no kind of figure: end it in .png, .svg or .pdf")
     if plot is not None and plot == csv:
         raise ValueError(f"--plot and --csv both name {plot}: give them two files")
-    table, verdict = schedule_table(steps, beta3, alpha, beta1, warmup), advice(warmup or steps, beta3, beta1)
-    drawn = table.assign(**{f"0 to {table['half_life'].max():.4g} steps": _bars(table["half_life"])})
+    run = dict(steps=steps, beta3=beta3, alpha=alpha, beta1=beta1, warmup=warmup)
+    table, verdict = schedule_table(**run), advice(warmup or steps, beta3, beta1)
+    ruler = f"0 to {table['half_life'].max():.4g} steps"
+    drawn = table.assign(**{ruler: _bars(table["half_life"])})
     typer.echo(f"{frame_text(drawn, beta3='.8g')}\n\n{verdict}")
     if plot is not None:
-        _save_figure(_schedule_figure(schedule_table(steps, beta3, alpha, beta1, warmup, rows=201)), plot)
+        _save_figure(_schedule_figure(schedule_table(**run, rows=201)), plot)
         typer.echo(f"wrote {plot}")
     if csv is not None:
         _save_frame(table, csv)
         typer.echo(f"wrote {csv}")
 
-# %% ../nbs/90_cli.ipynb #ff17b96c
+# %% ../nbs/90_cli.ipynb #5f105f30
 def check_run(
     method: str,  # "AdEMAMix" or "AdamW"
     switch_at: int | None,  # step from which AdEMAMix takes over
@@ -407,7 +413,8 @@ def check_run(
     "Options that make sense together, or a ValueError."
     if width % (2 * heads):
         fits = 2 * heads * math.ceil(width / (2 * heads))
-        raise ValueError(f"--width {width} cannot be shared evenly by --heads {heads}: --width {fits} can")
+        raise ValueError(f"--width {width} cannot be shared evenly by --heads {heads}: "
+                         f"--width {fits} can")
     if switch_at is not None and switch_at >= steps:
         raise ValueError(f"--switch-at {switch_at} must come before the last step, --steps {steps}")
     if method == "AdamW":
@@ -415,23 +422,25 @@ def check_run(
         for name, value in given.items():
             if value is not None:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} {value} belongs to AdEMAMix: leave it out, or leave out --optimizer AdamW")
+                raise ValueError(f"{flag} {value} belongs to AdEMAMix: leave it out, or leave out "
+                                 "--optimizer AdamW")
         return given
-    default = 8.0 if switch_at is None else 2.0  # App. B.1
-    return dict(alpha=default if alpha is None else alpha, exponent=6.0 if exponent is None else exponent,
-                switch_at=switch_at)
+    if alpha is None:
+        alpha = 8.0 if switch_at is None else 2.0  # App. B.1
+    exponent = 6.0 if exponent is None else exponent
+    return dict(alpha=alpha, exponent=exponent, switch_at=switch_at)
 
-# %% ../nbs/90_cli.ipynb #67b5a2b5
+# %% ../nbs/90_cli.ipynb #690e1612
 def kept_step(
     folder: Path,  # of a run
 ) -> int:  # 0 if there is no checkpoint
     "Step of the newest checkpoint of a run."
     from glasses_nb.train import checkpoints
 
-    parts = [folder / "checkpoints" / part for part in ("", "before", "after")]  # a switched run has two
+    parts = [folder / "checkpoints" / part for part in ("", "before", "after")]  # of a switch
     return max([0, *(step for part in parts for step in checkpoints(part))])
 
-# %% ../nbs/90_cli.ipynb #1262f877
+# %% ../nbs/90_cli.ipynb #3339a177
 def check_folder(
     folder: Path,  # of a run, perhaps not there yet
     settings: dict,  # what decides the run that should go there
@@ -440,19 +449,21 @@ def check_folder(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: --out names a folder")
     if not kept_step(folder):
-        found = [p.name for p in folder.glob("[!.]*") if p.name not in ("settings.json", "checkpoints")]
+        found = {p.name for p in folder.glob("[!.]*")} - {"settings.json", "checkpoints"}
         if found:
-            raise ValueError(f"{folder} holds {min(found)} and no run to go on with: name another --out")
+            raise ValueError(f"{folder} holds {min(found)} and no run to go on with: "
+                             "name another --out")
         return
+    told = folder / "settings.json"
     try:
-        before = dict(json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+        before = dict(json.loads(told.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'settings.json'} is missing or damaged: name another --out") from error
+        raise ValueError(f"{told} is missing or damaged: name another --out") from error
     wrong = [f"{name} is {value!r} here and {before.get(name)!r} there"
              for name, value in settings.items() if before.get(name) != value]
     if wrong:
-        raise ValueError(f"{folder} holds another run: {', '.join(wrong)}. Type what it began with, "
-                         "or name another --out")
+        raise ValueError(f"{folder} holds another run: {', '.join(wrong)}. Type what it began "
+                         "with, or name another --out")
 
 # %% ../nbs/90_cli.ipynb #df1d1b95
 def _begin(folder, settings):
@@ -474,11 +485,11 @@ def _forget(folder, is_new):
     if is_new and not any(folder.iterdir()):
         folder.rmdir()
 
-# %% ../nbs/90_cli.ipynb #b547b17e
+# %% ../nbs/90_cli.ipynb #5b8ab940
 def train_into(
     folder: Path,  # where the run is, or will be; `check_folder` has no objection
     data,  # a `Corpus`
-    run: dict,  # method, lr, steps, seed, batch_size, context, exponent, alpha, switch_at, evaluate_every
+    run: dict,  # arguments of `train_lm`, with an alpha for the run's own way of beginning
     shape: dict,  # width, layers, heads
     save_every: int,  # steps between checkpoints
     progress: bool = False,  # show a bar
@@ -492,14 +503,14 @@ def train_into(
         options["switch_alpha"] = options.pop("alpha")
     try:
         model = small_gpt(**shape, context=run["context"], seed=run["seed"])
-        return train_lm(data, **options, model=model, folder=folder / "checkpoints", save_every=save_every,
-                        progress=progress)
+        return train_lm(data, **options, model=model, folder=folder / "checkpoints",
+                        save_every=save_every, progress=progress)
     except BaseException:
         if not kept_step(folder):
             _forget(folder, is_new)
         raise
 
-# %% ../nbs/90_cli.ipynb #1e31bec9
+# %% ../nbs/90_cli.ipynb #229bde2c
 def read_corpus(
     source: str,  # folder, or "python"
     context: int,  # bytes a window
@@ -511,11 +522,12 @@ def read_corpus(
     data = corpus(source)
     windows = (data.train.size - 1) // context
     if windows < batch_size:
-        raise ValueError(f"{source} has {windows} windows of {context} bytes to learn from, too few for a batch of "
-                         f"{batch_size}: add text, or lower --batch-size or --context")
+        raise ValueError(f"{source} has {windows} windows of {context} bytes to learn from, too "
+                         f"few for a batch of {batch_size}: add text, or lower --batch-size or "
+                         "--context")
     if data.valid.size <= context:
-        raise ValueError(f"{source} has {data.valid.size} bytes to judge by, too few for a window of {context}: "
-                         "add text, or lower --context")
+        raise ValueError(f"{source} has {data.valid.size} bytes to judge by, too few for a window "
+                         f"of {context}: add text, or lower --context")
     return data
 
 
@@ -532,7 +544,8 @@ def write_run(
     fig, ax = figure()
     tidy = history.rename(columns={"loss": "training", "valid_loss": "validation"})
     tidy = tidy.melt("step", ["training", "validation"], "text", "nats")
-    lines(ax, tidy, "step", "nats", "text", xlabel="optimizer step", ylabel="loss (nats per byte)", markers=True)
+    labels = dict(xlabel="optimizer step", ylabel="loss (nats per byte)")
+    lines(ax, tidy, "step", "nats", "text", **labels, markers=True)
     _save_figure(fig, folder / "curve.png")
     draft = folder / ".model.part"
     shutil.rmtree(draft, ignore_errors=True)
@@ -557,8 +570,9 @@ def _quiet():
         if shown:
             transformers_logging.enable_progress_bar()
 
-# %% ../nbs/90_cli.ipynb #f1794b21
-_Data = Annotated[str, typer.Option(metavar="FOLDER", help="Folder of text files, or python for the sources of its library.")]
+# %% ../nbs/90_cli.ipynb #8f469f79
+_Data = Annotated[str, typer.Option(metavar="FOLDER", help="Folder of text files; python stands for "
+                                    "the sources of its library.")]
 _Optimizer = Annotated[str, typer.Option(metavar="NAME", help="AdEMAMix or AdamW.",
                                          parser=one_of("AdEMAMix", "AdamW"))]
 _Steps = Annotated[int, _count("Length of the run.")]
@@ -569,55 +583,70 @@ _Context = Annotated[int, _count("Bytes in a window.")]
 _Width = Annotated[int, _count("Size of the residual stream.", 4)]
 _Layers = Annotated[int, _count("Transformer blocks.")]
 _Heads = Annotated[int, _count("Attention heads.")]
-_Alpha = Annotated[Optional[float], _real("Weight of the slow average [8; 2 after a switch].", zero=True)]
+_Alpha = Annotated[Optional[float],
+                   _real("Weight of the slow average [8; 2 after a switch].", zero=True)]
 _Exponent = Annotated[Optional[float], _real("Memory exponent p, for beta3 = 1 - p / steps [6].")]
 _Switch = Annotated[Optional[int], _count("Begin with AdamW, go on with AdEMAMix from this step.")]
 _Judge = Annotated[Optional[int], _count("Steps between validations [steps / 20].")]
 _Save = Annotated[Optional[int], _count("Steps between checkpoints [as validations].")]
-_Out = Annotated[Optional[Path], typer.Option(metavar="DIR", help="Folder of the run [lm-OPTIMIZER-seedN].")]
+_Out = Annotated[Optional[Path],
+                 typer.Option(metavar="DIR", help="Folder of the run [lm-OPTIMIZER-seedN].")]
 
-# %% ../nbs/90_cli.ipynb #4afe7a00
+# %% ../nbs/90_cli.ipynb #03c4b9e0
 @ademamix_app.command("train")
-def _train(data: _Data = "python", optimizer: _Optimizer = "AdEMAMix", steps: _Steps = 4000, lr: _Rate = 4e-3,
-           seed: _Seed = 0, batch_size: _Batch = 16, context: _Context = 64, width: _Width = 64, layers: _Layers = 2,
-           heads: _Heads = 2, alpha: _Alpha = None, exponent: _Exponent = None, switch_at: _Switch = None,
-           evaluate_every: _Judge = None, save_every: _Save = None, out: _Out = None):
+def _train(
+    data: _Data = "python", optimizer: _Optimizer = "AdEMAMix", steps: _Steps = 4000,
+    lr: _Rate = 4e-3, seed: _Seed = 0, batch_size: _Batch = 16, context: _Context = 64,
+    width: _Width = 64, layers: _Layers = 2, heads: _Heads = 2, alpha: _Alpha = None,
+    exponent: _Exponent = None, switch_at: _Switch = None, evaluate_every: _Judge = None,
+    save_every: _Save = None, out: _Out = None,
+):
     "Train a small GPT on a folder of text. After a stop, the same command goes on."
     chosen = check_run(optimizer, switch_at, alpha, exponent, steps, width, heads)
-    folder, every = out or Path(f"lm-{optimizer}-seed{seed}"), evaluate_every or max(steps // 20, 10)
-    run = dict(method=optimizer, lr=lr, steps=steps, seed=seed, batch_size=batch_size, context=context, **chosen,
-               evaluate_every=every)
-    text, shape = read_corpus(data, context, batch_size), dict(width=width, layers=layers, heads=heads)
+    folder = out or Path(f"lm-{optimizer}-seed{seed}")
+    every = evaluate_every or max(steps // 20, 10)
+    run = dict(method=optimizer, lr=lr, steps=steps, seed=seed, batch_size=batch_size,
+               context=context, **chosen, evaluate_every=every)
+    shape = dict(width=width, layers=layers, heads=heads)
+    text = read_corpus(data, context, batch_size)
     check_folder(folder, {**run, **shape, **text.fingerprint})
-    typer.echo(f"{optimizer}, {steps} steps of {batch_size} x {context} bytes; {text.train.size:,} bytes to learn from, "
-               f"{text.valid.size:,} to judge by")
+    typer.echo(f"{optimizer}, {steps} steps of {batch_size} x {context} bytes; "
+               f"{text.train.size:,} bytes to learn from, {text.valid.size:,} to judge by")
+    _go(folder, text, run, shape, save_every or every)
+
+
+def _go(folder, text, run, shape, save_every):
+    "Train and write, or say how to go on after Ctrl-C."
     if before := kept_step(folder):
         typer.echo(f"going on from step {before}, found in {folder}")
     try:
         with _quiet():
-            model, history = train_into(folder, text, run, shape, save_every or every, sys.stderr.isatty())
+            bar = sys.stderr.isatty()
+            model, history = train_into(folder, text, run, shape, save_every, bar)
             write_run(folder, model, history)
     except KeyboardInterrupt:
-        kept = kept_step(folder)
-        typer.echo(f"stopped; the same command goes on from step {kept}, kept in {folder}" if kept else
-                   "stopped before the first checkpoint; nothing was kept", err=True)
+        said = "stopped before the first checkpoint; nothing was kept"
+        if kept := kept_step(folder):
+            said = f"stopped; the same command goes on from step {kept}, kept in {folder}"
+        typer.echo(said, err=True)
         raise typer.Exit(130)
     _tell_result(folder, history)
 
-# %% ../nbs/90_cli.ipynb #a3ee80f8
+# %% ../nbs/90_cli.ipynb #94a8ff0c
 def _tell_result(folder, history, rows=10):
     "The end of a run, and the way there in at most `rows` rows."
     import numpy as np
 
     picked = np.unique(np.linspace(0, len(history) - 1, rows).round().astype(int))
-    typer.echo(frame_text(history.iloc[picked][["step", "loss", "valid_loss"]], loss=".4f", valid_loss=".4f"))
+    shown = history.iloc[picked][["step", "loss", "valid_loss"]]
+    typer.echo(frame_text(shown, loss=".4f", valid_loss=".4f"))
     nats = history["valid_loss"].iloc[-1]
     typer.echo(f"validation loss {nats:.4f} nats per byte, {nats / math.log(2):.4f} bits per byte")
     typer.echo(f"wrote history.csv, curve.png, model and settings.json in {folder}")
 
-# %% ../nbs/90_cli.ipynb #fd501e81
+# %% ../nbs/90_cli.ipynb #f34369e9
 def results_table(
-    runs,  # frame with a row per finished run: role, method, lr, exponent, switch_at, seed, valid_loss
+    runs,  # frame, a row per run: role, method, lr, exponent, switch_at, seed, valid_loss
 ):  # frame: those, seeds, and valid_loss with low and high, then in bits
     "Validation loss of each setting over its seeds, with a 95 % interval."
     import pandas as pd
@@ -646,8 +675,8 @@ def _results(csv: _Csv = None, force: _Force = False):
     try:
         path = artifact("ademamix", "language_model_runs.csv")
     except ValueError as error:
-        raise FileNotFoundError("the table of the long run is not in this installation: make artifacts "
-                                "PAPER=ademamix makes it, in about an hour") from error
+        raise OSError("the table of the long run is not in this installation: make artifacts "
+                      "PAPER=ademamix makes it, in about an hour") from error
     table = results_table(pd.read_csv(path))
     typer.echo(frame_text(table, valid_loss=".4f", low=".4f", high=".4f", bits=".4f"))
     if csv is not None:

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['sweep', 'rosenbrock', 'noisy_quadratic']
 
-# %% ../../nbs/ademamix/46_sweeps.ipynb #1c3c30c3
+# %% ../../nbs/ademamix/46_sweeps.ipynb #a526e584
+import math
+
 import pandas as pd
 import torch
 from torch import Tensor
