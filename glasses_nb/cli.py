@@ -329,17 +329,17 @@ def schedule_table(
     table["half_life"] = [half_life(b) if b else -1.0 for b in table["beta3"]]
     return table
 
-# %% ../nbs/90_cli.ipynb #ba761047
+# %% ../nbs/90_cli.ipynb #2d05107f
 def advice(
     steps: int,  # length of the beta3 schedule
     beta3: float,  # final decay rate of the slow average
     beta1: float = 0.9,  # decay rate from which it starts
 ) -> str:  # a sentence, ASCII
     "The memory exponent of a schedule, and what it means for the run."
-    from glasses_nb.ademamix.schedules import memory_exponent
+    from glasses_nb.ademamix.schedules import beta3_for, memory_exponent
 
     p = memory_exponent(steps, beta3, beta1)
-    better = f"; --beta3 {1 - 10 / steps:.6g} would give about 10" if steps > 100 else ""
+    better = f"; --beta3 {beta3_for(steps, 10, beta1):.6g} would give 10"
     if p < 1:
         said = f"too low: the slow average keeps the first gradients, training can explode{better}"
     elif p < 3:
@@ -350,7 +350,7 @@ def advice(
         said = "high: a longer memory may gain more" + better
     return f"memory exponent p = {p:.3g}, {said}"
 
-# %% ../nbs/90_cli.ipynb #0d1af700
+# %% ../nbs/90_cli.ipynb #51d67ba3
 def _schedule_figure(table):
     "Both schedules side by side."
     from glasses_nb.plot import figure, lines, use_style
@@ -360,12 +360,15 @@ def _schedule_figure(table):
     lines(left, table, "step", "alpha", None, xlabel="optimizer step", ylabel="alpha")
     lines(right, table, "step", "half_life", None, xlabel="optimizer step",
           ylabel="half-life of the slow average (steps)")
+    for ax in (left, right):
+        ax.locator_params(axis="x", nbins=4, integer=True)
     return fig
 
 
 def _bars(values, width=20):
     "Lengths of `#`, the largest of `width`."
-    return ["#" * round(width * max(v, 0) / max(*values, 1e-9)) for v in values]
+    longest = max(values)
+    return ["#" * round(width * v / longest) if v > 0 else "" for v in values]
 
 # %% ../nbs/90_cli.ipynb #9f9e03b9
 _Length = Annotated[int, _count("Length of the run.")]
@@ -510,7 +513,7 @@ def train_into(
             _forget(folder, is_new)
         raise
 
-# %% ../nbs/90_cli.ipynb #229bde2c
+# %% ../nbs/90_cli.ipynb #0edcd45d
 def read_corpus(
     source: str,  # folder, or "python"
     context: int,  # bytes a window
@@ -546,6 +549,7 @@ def write_run(
     tidy = tidy.melt("step", ["training", "validation"], "text", "nats")
     labels = dict(xlabel="optimizer step", ylabel="loss (nats per byte)")
     lines(ax, tidy, "step", "nats", "text", **labels, markers=True)
+    ax.locator_params(axis="x", integer=True)
     _save_figure(fig, folder / "curve.png")
     draft = folder / ".model.part"
     shutil.rmtree(draft, ignore_errors=True)
@@ -644,9 +648,9 @@ def _tell_result(folder, history, rows=10):
     typer.echo(f"validation loss {nats:.4f} nats per byte, {nats / math.log(2):.4f} bits per byte")
     typer.echo(f"wrote history.csv, curve.png, model and settings.json in {folder}")
 
-# %% ../nbs/90_cli.ipynb #f34369e9
+# %% ../nbs/90_cli.ipynb #3bd8e870
 def results_table(
-    runs,  # frame, a row per run: role, method, lr, exponent, switch_at, seed, valid_loss
+    runs,  # frame, a row per run: role, method, steps, lr, exponent, switch_at, valid_loss
 ):  # frame: those, seeds, and valid_loss with low and high, then in bits
     "Validation loss of each setting over its seeds, with a 95 % interval."
     import pandas as pd
@@ -655,7 +659,7 @@ def results_table(
 
     runs = runs.assign(switch_at=runs["switch_at"].where(runs["switch_at"] > 0),
                        exponent=runs["exponent"].where(runs["method"] == "AdEMAMix"))
-    keys, rows = ["role", "method", "lr", "exponent", "switch_at"], []
+    keys, rows = ["role", "method", "steps", "lr", "exponent", "switch_at"], []
     for setting, group in runs.groupby(keys, dropna=False, sort=False):
         mean, low, high = interval(group["valid_loss"])
         if len(group) == 1:

@@ -217,8 +217,8 @@ def test_results(desk, monkeypatch):
     pd.DataFrame(rows).to_csv("runs.csv", index=False)
     monkeypatch.setattr(hub, "artifact", lambda paper, name: Path("runs.csv"))
     out, _ = call("ademamix", "results", "--csv", "out.csv")
-    assert [line.split()[:6] for line in out.splitlines()[1:3]] == [
-        ["judge", "AdamW", "0.01", "-", "-", "2"], ["judge", "AdEMAMix", "0.01", "6", "-", "1"]]
+    assert [line.split()[:7] for line in out.splitlines()[1:3]] == [
+        ["judge", "AdamW", "10", "0.01", "-", "-", "2"], ["judge", "AdEMAMix", "10", "0.01", "6", "-", "1"]]
     table = pd.read_csv("out.csv")
     assert table["valid_loss"].tolist() == [2.0, 1.5] and table["low"].isna().tolist() == [False, True]
     refused("ademamix", "results", "--csv", "out.csv", said="out.csv exists")

@@ -100,13 +100,13 @@ def make_optimizer(
                         alpha_warmup=steps, beta3_warmup=steps)
     raise ValueError(f'method must be "AdamW" or "AdEMAMix", got {method!r}')
 
-# %% ../../nbs/ademamix/45_language_model.ipynb #ad6341b8
+# %% ../../nbs/ademamix/45_language_model.ipynb #6a965a00
 def train_lm(
     data: Corpus,  # text to learn from and text to be judged by
     method: str = "AdEMAMix",  # or "AdamW"
     lr: float = 4e-3,  # peak learning rate
     *,
-    steps: int = 6000,  # optimizer steps
+    steps: int = 4000,  # optimizer steps
     seed: int = 0,  # of weights and data order
     batch_size: int = 16,  # windows a step
     context: int = 64,  # bytes a window

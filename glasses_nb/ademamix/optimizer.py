@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLICE', 'SMALL', 'step_scalars', 'AdEMAMix']
 
-# %% ../../nbs/ademamix/43_optimizer.ipynb #45c309e2
+# %% ../../nbs/ademamix/43_optimizer.ipynb #08028d9f
 import math
 import numbers
 import types
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .schedules import alpha_at, memory_exponent, slow_weight_at
+from .schedules import alpha_at, beta3_for, memory_exponent, slow_weight_at
 
 # %% ../../nbs/ademamix/43_optimizer.ipynb #4c68c577
 def _filled(beta, t):
@@ -300,7 +300,7 @@ def _check_group(group):
     chosen = [k for k in ("foreach", "fused", "differentiable") if group[k]]
     need(" and ".join(chosen), True, len(chosen) < 2, "used one at a time")
 
-# %% ../../nbs/ademamix/43_optimizer.ipynb #43150154
+# %% ../../nbs/ademamix/43_optimizer.ipynb #cb72632e
 def _warn_settings(group):
     "Say, with the number, which settings of a group are known to end badly."
     (beta1, beta2, beta3), warmup = group["betas"], group["beta3_warmup"]
@@ -310,7 +310,7 @@ def _warn_settings(group):
             warnings.warn(
                 f"AdEMAMix: beta3_warmup={warmup} is short for beta3={beta3}: the slow average forgets "
                 f"only with the power p = {p:.2g} of time. 3 to 100 is healthy; below 1 it keeps the "
-                f"first gradients and training can explode. beta3={1 - 10 / max(warmup, 20):.4g} "
+                f"first gradients and training can explode. beta3={beta3_for(warmup, 10, beta1):.4g} "
                 "would give p = 10.",
                 stacklevel=5,
             )

@@ -106,14 +106,14 @@ def spike_echo(
                 moves.append((p[1] - p[0]).mean().item())
     return pd.DataFrame(dict(after=range(steps), move=moves))
 
-# %% ../../nbs/ademamix/47_traps.ipynb #95eb0da5
+# %% ../../nbs/ademamix/47_traps.ipynb #89e69d0b
 def noise_in_averages(
     betas: tuple,        # (β1, β2, β3)
     steps: int,          # of white noise with deviation 1
     size: int = 5_000,   # independent coordinates
     seed: int = 0,       # of the noise
-) -> tuple:              # deviation of the fast average, and of the slow one
-    "Standard deviations of both averages under white noise, measured in the optimizer's state."
+) -> tuple:              # deviation of the fast average, of the slow one, and of fast + 8 slow
+    "Standard deviations under white noise, measured in the optimizer's state."
     noise = torch.Generator().manual_seed(seed)
     p = torch.nn.Parameter(torch.zeros(size))
     with _deliberate():
@@ -122,4 +122,5 @@ def noise_in_averages(
             p.grad = torch.randn(size, generator=noise)
             optimizer.step()
     own = optimizer.state[p]
-    return own["exp_avg"].std().item(), own["exp_avg_slow"].std().item()
+    fast, slow = own["exp_avg"], own["exp_avg_slow"]
+    return fast.std().item(), slow.std().item(), (fast + 8 * slow).std().item()

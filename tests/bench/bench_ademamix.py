@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -120,7 +121,7 @@ def main():
     pd.DataFrame(rows).to_csv(HERE / "ademamix.csv", index=False, float_format="%.5g")
     about = dict(
         command="make bench", threads=torch.get_num_threads(), rounds=a.rounds, torch=torch.__version__,
-        pytorch_optimizer=require("pytorch_optimizer", "dev").__version__, python=platform.python_version(),
+        pytorch_optimizer=metadata.version("pytorch_optimizer"), python=platform.python_version(),
         processor=cpu_name(), system=platform.system(),
     )
     (HERE / "ademamix.json").write_text(json.dumps(about, indent=1) + "\n")
