@@ -574,7 +574,7 @@ def _quiet():
         if shown:
             transformers_logging.enable_progress_bar()
 
-# %% ../nbs/90_cli.ipynb #8f469f79
+# %% ../nbs/90_cli.ipynb #ce6be9d0
 _Data = Annotated[str, typer.Option(metavar="FOLDER", help="Folder of text files; python stands for "
                                     "the sources of its library.")]
 _Optimizer = Annotated[str, typer.Option(metavar="NAME", help="AdEMAMix or AdamW.",
@@ -589,7 +589,7 @@ _Layers = Annotated[int, _count("Transformer blocks.")]
 _Heads = Annotated[int, _count("Attention heads.")]
 _Alpha = Annotated[Optional[float],
                    _real("Weight of the slow average [8; 2 after a switch].", zero=True)]
-_Exponent = Annotated[Optional[float], _real("Memory exponent p, for beta3 = 1 - p / steps [6].")]
+_Exponent = Annotated[Optional[float], _real("Memory exponent p, from which beta3 follows [6].")]
 _Switch = Annotated[Optional[int], _count("Begin with AdamW, go on with AdEMAMix from this step.")]
 _Judge = Annotated[Optional[int], _count("Steps between validations [steps / 20].")]
 _Save = Annotated[Optional[int], _count("Steps between checkpoints [as validations].")]
