@@ -108,7 +108,7 @@ def measure(size, shapes, names, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--sizes", nargs="*", default=list(SIZES))
     a = parser.parse_args()
     torch.set_num_threads(2)
