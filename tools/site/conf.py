@@ -54,7 +54,7 @@ html_title = project
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
-html_js_files = ["widgets.js"]  # brings every <div data-widget="name"> of a page to life
+html_js_files = ["widgets.js", "search.js"]  # the first brings every <div data-widget="name"> of a page to life
 html_copy_source = False
 html_show_sourcelink = False
 html_domain_indices = False
