@@ -878,6 +878,33 @@ def test_one_compiled_graph_while_everything_moves():
     assert counters["stats"]["unique_graphs"] - before == 1
 
 
+@pytest.mark.parametrize("slow, has_fast", [(torch.float32, True), (torch.float32, False)])
+def test_the_machine_code_is_called_without_the_layers_around_it(slow, has_fast):
+    from glasses_nb.ademamix import optimizer
+
+    kernel = optimizer._compiled("cpu", torch.float32, slow, has_fast)
+    if kernel is None:
+        pytest.skip("torch.compile has no compiler here")
+    assert kernel.__name__ == "run"
+
+
+def test_code_that_computes_something_else_is_not_called():
+    "As if another version of the compiler gave its inputs another order or another meaning."
+    from glasses_nb.ademamix import optimizer
+
+    kernel = optimizer._compiled("cpu", torch.float32, torch.float32, True)
+    if kernel is None:
+        pytest.skip("torch.compile has no compiler here")
+    code = dict(zip(kernel.__code__.co_freevars, kernel.__closure__))["code"].cell_contents
+    probe = [torch.linspace(0.1, 1, 50) for _ in range(5)] + [torch.linspace(0.1, 1, 10)]
+    official = lambda *args: optimizer._kernel(*args)
+    right = ["l_s_", "size", "l_g_", "l_slow_", "l_fast_", "l_square_", "l_p_"]
+    for names in (right[::-1], right[:-1], ["l_p_"] * 7, ()):
+        assert optimizer._shortcut([(names, code)], official, probe) is official
+    for found in ([], [(right, None)], [(right, code)] * 2, [(right, lambda args: None)]):
+        assert optimizer._shortcut(found, official, probe) is official
+
+
 NO_COMPILER = """
 import sys, warnings
 import torch

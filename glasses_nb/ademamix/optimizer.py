@@ -70,14 +70,12 @@ SLICE = 2**16  # elements handled at a time by the eager path, so that they stay
 
 def _flat(tensors):
     "The tensors as 1-D views if all share one dense layout, else None."
-    given = [t for t in tensors if t is not None]
-    if not all(t.is_contiguous() for t in given):
-        order = sorted(range(given[0].dim()), key=given[0].stride, reverse=True)
-        given = [t.permute(order) for t in given]
-        if not all(t.is_contiguous() for t in given):
-            return None
-    views = iter([t.view(-1) for t in given])
-    return [None if t is None else next(views) for t in tensors]
+    if all([t is None or t.is_contiguous() for t in tensors]):
+        return [None if t is None else t.view(-1) for t in tensors]
+    order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
+    turned = [None if t is None else t.permute(order) for t in tensors]
+    dense = all(t is None or t.is_contiguous() for t in turned)
+    return _flat(turned) if dense else None
 
 
 def _slices(tensors):
@@ -159,39 +157,60 @@ def _kernel(p, g, fast, slow, square, s):
 @lru_cache(maxsize=None)
 def _compiled(device, dtype, slow_dtype, has_fast):
     "The kernel compiled once for every length, or None where there is no compiler."
-    from torch._dynamo import lookup_backend  # takes seconds to import: only if asked for
+    kinds = (dtype, dtype, dtype if has_fast else None, slow_dtype, dtype)
 
-    graphs = []
-
-    def backend(graph, inputs):
-        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-        graphs.append((names, lookup_backend("inductor")(graph, inputs)))
-        return graphs[-1][1]
+    def probe(n):
+        tensors = [k and torch.linspace(0.1, 1, n, dtype=k, device=device) for k in kinds]
+        return *tensors, torch.linspace(0.1, 1, 10, dtype=slow_dtype, device=device)
 
     own = types.FunctionType(_kernel.__code__.replace(co_name=f"_kernel_{device}"), globals())
-    kernel = torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
-    kinds = (dtype, dtype, dtype if has_fast else None, slow_dtype, dtype)
-    probe = [k and torch.ones(2**18, dtype=k, device=device) for k in kinds]
+    found = []
     try:
+        kernel = torch.compile(own, backend=_keeping(found), dynamic=True, fullgraph=True)
         with torch.no_grad():
-            kernel(*probe, torch.ones(10, dtype=slow_dtype, device=device))
-        return _direct(*graphs[0]) or kernel
+            kernel(*probe(2**18))
+            return _shortcut(found, kernel, probe(1_003)) if device == "cpu" else kernel
     except Exception as error:  # the compiler's errors have no common class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         _warn_no_compiler(device, reason[:200])
 
 
-def _direct(names, graph):
-    "Call the graph without `torch.compile`'s checks of its inputs, which cost as much as the work."
+def _keeping(found):
+    "The default compiler, which also puts the names of its inputs and its machine code in `found`."
+    from torch._functorch import config  # takes seconds to import: only if asked for
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def backend(graph, inputs):
+        def inner(*args, **options):
+            code = compile_fx_inner(*args, **options)
+            found.append((names, getattr(code, "current_callable", None)))
+            return code
+
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        with config.patch(enable_autograd_cache=False):  # a hit there would pass `inner` by
+            return compile_fx(graph, inputs, inner_compile=inner)
+
+    return backend
+
+
+def _shortcut(found, kernel, probe):
+    "The machine code without the layers around it, which cost as much as a small tensor's work."
     place = {f"l_{n}_": i for i, n in enumerate(("p", "g", "fast", "slow", "square", "s"))}
-    sizes = [n for n in names if n not in place]
-    if len(sizes) != 1 or sizes[0].startswith("l_"):
-        return None
+    names, code = found[0] if len(found) == 1 else ((), None)
     picks = [place.get(n, -1) for n in names]  # -1: the length, appended last
+
     def run(*args):
         given = (*args, args[0].numel())
-        return graph(*[given[i] for i in picks])
-    return run
+        code([given[i] for i in picks])
+
+    expected, got = ([x if x is None else x.clone() for x in probe] for _ in range(2))
+    kernel(*expected)
+    try:
+        run(*got)
+    except Exception:  # another version of the compiler: keep to what it documents
+        return kernel
+    same = all(a is b is None or torch.equal(a, b) for a, b in zip(expected, got))
+    return run if same else kernel
 
 
 @lru_cache(maxsize=None)
