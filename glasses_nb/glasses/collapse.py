@@ -36,7 +36,7 @@ def pack_tails(
     trunk,  # token ids of the longest sequence, (B,)
     tails,  # pairs (cut, ids): the sequence trunk[:cut] + ids; no ids for a piece of the trunk
 ) -> tuple[Packed, list]:  # the layout, and where each sequence has its last token
-    "Lay out sequences for one pass; tails that continue each other share tokens (reference: branch mask)."
+    "Lay out sequences for one pass; tails that continue each other share tokens."
     ids, position = list(trunk), list(range(len(trunk)))
     seen, branch, at = [p + 1 for p in position], [0] * len(trunk), {}
     for number, (cut, tail) in enumerate(sorted(tails, key=lambda t: -len(t[1])), 1):
