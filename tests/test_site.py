@@ -188,8 +188,12 @@ class Visit:
         self.page.on("console", self.console)
         self.page.on("pageerror", lambda e: self.complaints.append(f"{self.page.url}: {e}"))
         self.page.on("request", lambda r: self.requests.append(r.url))
-        self.page.on("requestfailed", lambda r: self.complaints.append(f"failed: {r.url}"))
+        self.page.on("requestfailed", self.lost)
         self.page.on("response", self.response)
+
+    def lost(self, request):
+        if request.failure != "net::ERR_ABORTED":  # dropped by the browser on its way to the next page
+            self.complaints.append(f"failed: {request.url} {request.failure}")
 
     def console(self, message):
         if message.type in ("error", "warning"):
