@@ -308,7 +308,7 @@ def _recorder(found):
 
     return attend
 
-# %% ../../nbs/glasses/13_oversquashing.ipynb #4be2298e
+# %% ../../nbs/glasses/13_oversquashing.ipynb #417f0a47
 def sequence_ids(
     lm,                       # name, `LM` or (model, tokenizer)
     text,                     # text, or token ids
@@ -326,7 +326,7 @@ def sequence_ids(
         raise ValueError(f"{ids.shape[1]} tokens, but the model has {bound} positions: shorten the text")
     return ids
 
-
+# %% ../../nbs/glasses/13_oversquashing.ipynb #bd91d76d
 def attention_layers(
     lm,    # name, `LM` or (model, tokenizer)
     text,  # text, or token ids
