@@ -197,7 +197,7 @@ def claim_markdown(
     ]
     for p in claim.parts:
         got, region = _measured(p)
-        seeds = f" over {len(p.values)} seeds" if len(p.values) > 1 else ""
+        seeds = f", mean of {len(p.values)}" if len(p.values) > 1 else ""
         told = _safe(f"{got}{seeds}; wanted {region}: {p.standing}")
         rows.append(f"| {_safe(p.name)} | {told} |")
     if claim.note:
@@ -276,11 +276,12 @@ def stored_claims(
 
 # %% ../nbs/02_claims.ipynb #7f45a1ab
 def _brief(parts):
-    "The measurements in one cell of a table."
+    "The measurements in one cell of a table; of many, two that fail come first."
     told = [f"{p.name} {_measured(p)[0]}" for p in parts]
     if len(told) > 3:
-        inside = sum(p.standing == "inside" for p in parts)
-        told = [f"{inside} of {len(told)} hold", *told[:2], "…"]
+        inside = [p.standing == "inside" for p in parts]
+        shown = [what for _, what in sorted(zip(inside, told), key=lambda pair: pair[0])]
+        told = [f"{sum(inside)} of {len(told)} hold", *shown[:2], "…"]
     return "; ".join(told) or "–"
 
 # %% ../nbs/02_claims.ipynb #66d1567c
@@ -289,14 +290,14 @@ def scorecard(
     links: str | None = None,  # put before each page's path to link to it, e.g. ""; None: no links
 ) -> str:                      # one Markdown table, a row per claim
     "The claims as a table for people."
-    rows = ["| claim | the paper | measured | verdict |", "|:--|:--|:--|:--|"]
+    rows = ["| claim | verdict | measured | the paper |", "|:--|:--|:--|:--|"]
     for r in frame.itertuples():
         text = _safe(r.text) if links is None else f"[{_safe(r.text)}]({links}{r.page})"
-        seeds = f" ({r.seeds} seeds)" if r.seeds > 1 else ""
+        seeds = f" (n = {r.seeds})" if r.seeds > 1 else ""
         told = f"{_safe(r.paper)} ({_safe(r.where)})"
         measured = _safe(_brief(r.claim.parts))
         verdict = f"{VERDICTS[r.verdict]} {r.verdict}"
-        rows.append(f"| {text} | {told} | {measured}{seeds} | {verdict} |")
+        rows.append(f"| {text} | {verdict} | {measured}{seeds} | {told} |")
     return "\n".join(rows)
 
 

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import pkgutil
+import secrets
 import shutil
 import sys
 import warnings
@@ -144,6 +145,8 @@ def check_free(
         return
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{path} is no plain file: name another")
     if path.exists() and not force:
         raise ValueError(f"{path} exists: --force replaces it, or name another file")
     if not path.parent.is_dir():
@@ -155,8 +158,9 @@ def write_whole(
     write,  # write(part) -> None, called with the name of a file beside it
 ) -> None:
     "Write a file so that its name never stands for half of it."
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # ours alone, and no link
         write(part)
         os.replace(part, path)
     except OSError as error:
@@ -399,16 +403,21 @@ _Csv = Annotated[Optional[Path], typer.Option(help="Write the table to this file
 _Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
 
-@ademamix_app.command("schedule")
-def _schedule(steps: _Length, beta3: _Beta3 = 0.9999, alpha: _Weight = 5.0, beta1: _Beta1 = 0.9,
-              warmup: _Warmup = None, plot: _Plot = None, csv: _Csv = None, force: _Force = False):
-    "Print both schedules of a run. With --plot and --csv, write them too."
+def _check_outputs(plot, csv, force):
+    "Raise a ValueError if a figure or a table should not be written."
     check_free(plot, force)
     check_free(csv, force)
     if plot is not None and plot.suffix.lower() not in ("", ".png", ".svg", ".pdf"):
         raise ValueError(f"{plot} names no kind of figure: end it in .png, .svg or .pdf")
     if plot is not None and plot == csv:
         raise ValueError(f"--plot and --csv both name {plot}: give them two files")
+
+
+@ademamix_app.command("schedule")
+def _schedule(steps: _Length, beta3: _Beta3 = 0.9999, alpha: _Weight = 5.0, beta1: _Beta1 = 0.9,
+              warmup: _Warmup = None, plot: _Plot = None, csv: _Csv = None, force: _Force = False):
+    "Print both schedules of a run. With --plot and --csv, write them too."
+    _check_outputs(plot, csv, force)
     run = dict(steps=steps, beta3=beta3, alpha=alpha, beta1=beta1, warmup=warmup)
     table, verdict = schedule_table(**run), advice(warmup or steps, beta3, beta1)
     ruler = f"0 to {table['half_life'].max():.4g} steps"
@@ -789,12 +798,7 @@ def _collapse(model: _Model, n_max: _Most = 256, family: _Family = "ones", quest
               separator: _Separator = "", period: _Period = 3, dtype: _Format = "float32",
               plot: _Curve = None, csv: _Csv = None, force: _Force = False):
     "Print how far final states of n and n + 1 units are apart (Fig. 5)."
-    check_free(plot, force)
-    check_free(csv, force)
-    if plot is not None and plot.suffix.lower() not in ("", ".png", ".svg", ".pdf"):
-        raise ValueError(f"{plot} names no kind of figure: end it in .png, .svg or .pdf")
-    if plot is not None and plot == csv:
-        raise ValueError(f"--plot and --csv both name {plot}: give them two files")
+    _check_outputs(plot, csv, force)
     from glasses_nb.glasses.collapse import collapse_curve, draw_collapse
     import numpy as np
 

@@ -452,6 +452,8 @@ def _check_causal(model):
         raise ValueError(f"{what} gives no logits for each token: load it with its LM head")
     logits = out.logits[:, :3].float()  # (2, 3, V)
     apart = (logits[0] - logits[1]).abs().max()
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"{what} gives logits that are not finite in {out.logits.dtype}: choose another dtype, such as 'bfloat16'")
     if apart > 16 * torch.finfo(out.logits.dtype).eps * logits.abs().max():
         raise ValueError(f"{what} is not causal: its logits for a token depend on tokens after it")
     _CAUSAL.add(model)
@@ -497,13 +499,17 @@ def _where(name):
     "(folder or hub id, whether it is a folder) of a model's name."
     if name in PACKAGED_LMS:
         return _converted(name), True
-    path = Path(name).expanduser()
-    if (path / "config.json").is_file():
+    path = Path(os.path.expanduser(name))
+    try:
+        is_model, exists = (path / "config.json").is_file(), path.exists()
+    except OSError:  # too long for a path
+        is_model = exists = False
+    if is_model:
         return path, True
-    if path.exists():
+    if exists:
         raise ValueError(f"{str(name)!r} is no model folder: there is no config.json in it")
     owner, slash, model = str(name).partition("/")
-    if isinstance(name, Path) or not slash or not owner.strip(".~") or "/" in model:
+    if isinstance(name, Path) or not slash or owner.startswith("~") or not owner.strip(".") or "/" in model:
         raise ValueError(
             f"no model {str(name)!r}: there are {', '.join(PACKAGED_LMS)}; "
             "or name a folder that save_pretrained wrote, or a hub id such as 'owner/model'"

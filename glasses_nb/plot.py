@@ -22,7 +22,7 @@ PALETTE = {
 }
 
 # %% ../nbs/01_plot.ipynb #1d305288
-DASHES = ["-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2))]
+DASHES = ["-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (2.5, 2.5)), (0, (10, 2, 1, 2, 1, 2))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 METHODS = {"AdEMAMix": 0, "AdamW": 1, "SGD": 4, "Adam": 5}  # style numbers that are spoken for
 
@@ -43,7 +43,7 @@ def method_style(
         raise ValueError(f"no look is left for {name!r}, 24 are in use: split the figure")
     return dict(
         color=list(PALETTE.values())[i % 6],
-        linestyle=DASHES[(i + i // 6) % 4],
+        linestyle=DASHES[(i + i // 6) % 6],
         marker=MARKERS[(i + i // 6) % 9],
     )
 
@@ -117,7 +117,7 @@ def _groups(frame, by):
         last = max(1, len(found) - 1)
         shades = [plt.get_cmap("cividis")(0.85 * i / last) for i in range(len(found))]
         styles = [
-            dict(color=shade, linestyle=DASHES[i % 4], marker=MARKERS[i % 9])
+            dict(color=shade, linestyle=DASHES[i % 6], marker=MARKERS[i % 9])
             for i, shade in enumerate(shades)
         ]
     else:

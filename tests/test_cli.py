@@ -465,3 +465,27 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_another_one(desk):
     Path("run/settings.json").write_text('{"lr": 5}')
     train("--steps", 10, "--out", "run")
     assert json.loads(Path("run/settings.json").read_text())["lr"] == 0.004
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    victim, out = tmp_path / "victim", tmp_path / "r.html"
+    victim.write_text("mine")
+    (tmp_path / ".r.html.part").symlink_to(victim)
+    cli.write_whole(out, lambda part: part.write_text("report"))
+    assert (victim.read_text(), out.read_text(), out.is_symlink()) == ("mine", "report", False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".r.html.part", "r.html", "victim"]
+
+
+def test_only_plain_files_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for path in (tmp_path / "pipe", tmp_path / "nowhere", Path("/dev/null")):
+        for force in (False, True):
+            with pytest.raises(ValueError, match=f"{path} is no plain file: name another"):
+                cli.check_free(path, force)
+
+
+def test_a_new_file_has_the_usual_rights(tmp_path):
+    cli.write_whole(tmp_path / "a.csv", lambda part: part.write_text("1"))
+    (tmp_path / "b").write_text("1")
+    assert (tmp_path / "a.csv").stat().st_mode == (tmp_path / "b").stat().st_mode

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -28,9 +29,24 @@ def key(monkeypatch):
     monkeypatch.setenv("TEST_KEY", KEY)
 
 
+def read_request(connection):
+    "Head and body: a server that closes with bytes unread resets the connection, and its answer may be lost."
+    data, length = b"", None
+    while length is None or len(data) < length:
+        more = connection.recv(65536)
+        if not more:
+            raise ConnectionError("the client is gone")
+        data += more
+        head, gap, _ = data.partition(b"\r\n\r\n")
+        if gap and length is None:
+            size = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+            length = len(head) + 4 + (int(size[1]) if size else 0)
+    return data
+
+
 @contextmanager
 def raw_server(talk):
-    "A TCP server; `talk(connection)` says what it likes once the request's head is there."
+    "A TCP server; `talk(connection, request)` says what it likes once the request is there."
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve():
@@ -44,9 +60,7 @@ def raw_server(talk):
     def one(connection):
         with connection:
             try:
-                data = b""
-                while b"\r\n\r\n" not in data:
-                    data += connection.recv(65536)
+                data = read_request(connection)
                 talk(connection, data)
             except OSError:
                 pass
@@ -154,6 +168,42 @@ def test_the_key_is_sent_and_appears_nowhere_else(tmp_path, caplog, capfd, monke
     assert not [t for t in told if KEY in t or "0123456789" in t]
 
 
+def escaped(text):
+    "Each character as JSON may also write it."
+    return "".join(f"\\u{ord(c):04X}" for c in text)
+
+
+@pytest.mark.parametrize("spelled", [KEY, escaped(KEY)], ids=["plain", "escaped"])
+@pytest.mark.parametrize("lead", [0, 14, 30, 39, 60, 79])
+def test_no_part_of_the_key_is_left_where_a_text_is_cut(spelled, lead, tmp_path):
+    lead = "x" * lead
+    good = f'{{"choices": [{{"message": {{"content": "{spelled}, {spelled}"}}, "finish_reason": "{lead}{spelled}"}}]}}'
+    bodies = {
+        "finish": Reply(body=good.encode()),
+        "no JSON": Reply(body=f"{lead}{spelled}{spelled}".encode()),
+        "no choices": Reply(body=f'{{"{lead}": "{spelled}{spelled}"}}'.encode()),
+        "error": Reply(status=400, body=f'{{"error": "{"y" * 280}{spelled}"}}'.encode()),
+        "wish": Reply(status=429, headers={"Retry-After": f"{KEY} {lead}"}),
+    }
+    journal = tmp_path / "j"
+    with reply_server(lambda a: bodies[a["body"]["messages"][0]["content"]]) as url:
+        there = Endpoint(url, "m", "TEST_KEY", deadline=2.0, pause=5.0)
+        frame = ask_endpoint(there, list(bodies), journal=journal)
+    assert frame["status"].tolist() == ["ok"] + ["failed"] * 4
+    assert frame["answer"][0] == "[key], [key]" and frame["finish_reason"][0] == f"{lead}[key]"[:40]
+    told = frame.drop(columns="digest").to_csv() + journal.read_text()
+    pieces = [KEY[i : i + 4] for i in range(len(KEY) - 3)] + [escaped(KEY[:1]), escaped(KEY[:1]).lower()]
+    assert not [p for p in pieces if p in told]
+
+
+def test_only_the_key_is_taken_out_and_fast_enough():
+    body = (b"sk-not-to-be-seen-012345678" + b"\\u0073\\/") * 100_000
+    begin = time.monotonic()
+    assert client._hide(body, KEY) == body
+    assert time.monotonic() - begin < 5
+    assert client._hide("EMPTY", "EMPTY") == "EMPTY"
+
+
 @pytest.mark.parametrize("name", ["sk-abc", "hf_AbCdEfGh", "", "2KEY", "A KEY", "KEY\n"])
 def test_a_key_in_place_of_its_name_is_refused_without_repeating_it(name):
     with pytest.raises(ValueError) as error:
@@ -167,6 +217,56 @@ def test_a_key_is_not_sent_in_the_clear(host):
         Endpoint(f"http://{host}/v1", "m", "TEST_KEY")
     assert Endpoint(f"http://{host}/v1", "m").key_name is None
     assert Endpoint(f"https://{host}/v1", "m", "TEST_KEY").key_name == "TEST_KEY"
+
+
+@pytest.mark.parametrize("address", [
+    "http://localhost:abc/v1", "http://localhost:s3cret/v1", "http://localhost:65536/v1", "http://localhost:0/v1",
+    "http://:s3cret@localhost/v1", "http://s3cret@localhost/v1", "https://me:s3cret@host/v1", "https://@host/v1",
+    "http://me:s3cret@[::1/v1", "https://me:s3cret@ho\u2100st/v1", "https://host/v1#x", "https://host/v1#",
+    "https://host/v1?key=s3cret", "https://host/v1?", "http:///v1", "host/v1", "", None, 7, b"http://host/v1"])
+def test_an_address_that_cannot_be_asked_is_refused_without_repeating_it(address):
+    with pytest.raises(ValueError, match="^base_url cannot be used: give http.*, query or fragment$") as error:
+        Endpoint(address, "m")
+    assert "s3cret" not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize("deadline", [float("inf"), 1e10, 86_400.5, float("nan"), 0, -1])
+def test_a_deadline_that_cannot_be_kept_is_refused(deadline):
+    with pytest.raises(ValueError, match=f"deadline must be .*, got {re.escape(str(deadline))}$"):
+        Endpoint("http://localhost/v1", "m", deadline=deadline)
+
+
+def test_a_deadline_of_a_day_works(capfd):
+    with reply_server(lambda a: "fine") as url:
+        assert one(url, deadline=86_400)["answer"] == "fine"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"], ids=["silent", "answers"])
+def test_a_server_that_closes_without_reading_the_request_gives_a_row(said, reset, capfd):
+    listener, calls = socket.create_server(("127.0.0.1", 0)), []
+
+    def serve():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                calls.append(1)
+                if reset:  # no polite end: the client's next packet, or this close, resets the connection
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.sendall(said)
+
+    threading.Thread(target=serve, daemon=True).start()
+    there = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "m", attempts=3, pause=0.02, deadline=10)
+    frame = ask_endpoint(there, ["short", "long " * 2_000_000], repeats=4)
+    listener.close()
+    assert frame["status"].unique().tolist() == ["failed"] and len(calls) == 24
+    assert frame["attempts"].unique().tolist() == [3] and (frame["answer"] == "").all()
+    assert frame["error"].str.fullmatch(r"(connection failed \(.+\)|HTTP 503), attempt 3 of 3").all(), frame["error"].tolist()
+    assert capfd.readouterr().err == ""
 
 
 def test_never_more_requests_at_once_than_allowed():
@@ -229,6 +329,27 @@ def test_repeats_are_told_apart_and_parameters_count(tmp_path):
     assert first["answer"].tolist() == ["1", "2"] and more["answer"].tolist() == ["1", "2", "3"]
     assert more["source"].tolist() == ["journal", "journal", "asked"]
     assert [warm["answer"][0], other["answer"][0]] == ["4", "5"]
+
+
+def test_a_journal_answers_only_for_the_server_it_was_written_with(tmp_path):
+    journal = tmp_path / "j"
+    with reply_server(lambda a: "A") as a, reply_server(lambda a: "B") as b:
+        answers = [ask_endpoint(Endpoint(u, "m"), ["x"], journal=journal).iloc[0] for u in (a, b, a + "/", b, a)]
+    assert [row["answer"] for row in answers] == ["A", "B", "A", "B", "A"]
+    assert [row["source"] for row in answers] == ["asked", "asked", "journal", "journal", "journal"]
+    assert read_journal(journal)["base_url"].tolist() == [a, b]
+
+
+def test_a_journal_without_addresses_is_kept_and_asked_again(tmp_path):
+    journal = tmp_path / "j"
+    with reply_server(lambda a: "new") as url:
+        ask_endpoint(Endpoint(url, "m"), ["x"], journal=journal)
+        line = json.loads(journal.read_text())
+        old = json.dumps({k: v for k, v in (line | {"version": 1, "answer": "old"}).items() if k != "base_url"}) + "\n"
+        journal.write_text(old)
+        frame = ask_endpoint(Endpoint(url, "m"), ["x"], journal=journal)
+    assert frame["answer"][0] == "new" and journal.read_text().startswith(old)
+    assert read_journal(journal)["status"].tolist() == ["unreadable", "ok"]
 
 
 def test_an_image_reaches_the_server():
@@ -324,27 +445,27 @@ def test_any_body_gives_an_answer_or_a_reason(body):
 @given(cut=st.integers(0, 10**6), change=st.tuples(st.integers(0, 10**6), st.integers(0, 255)))
 def test_a_damaged_journal_is_read_without_trouble(tmp_path, cut, change):
     path = tmp_path / "damaged"
-    told = dict(model="m", messages=[{"role": "user", "content": "q"}], parameters={}, repeat=0)
+    told = dict(base_url="http://h/v1", model="m", messages=[{"role": "user", "content": "q"}], parameters={}, repeat=0)
     row = dict(status="ok", answer="a", error="", attempts=1, seconds=0.1, prompt_tokens=None)
-    line = {"version": 1, "digest": client.request_digest(**told), **told, **row}
+    line = {"version": 2, "digest": client.request_digest(**told), **told, **row}
     data = bytearray((json.dumps(line) + "\n").encode() * 3)
     data[change[0] % len(data)] = change[1]
     path.write_bytes(data[: cut % (len(data) + 1)])
     frame = read_journal(path)
     assert set(frame["status"]) <= {"ok", "unreadable"} | set(frame["status"].astype(str))
-    assert list(frame.columns)[:3] == ["line", "digest", "model"]
+    assert list(frame.columns)[:4] == ["line", "digest", "base_url", "model"]
 
 
 def test_a_journal_whose_numbers_are_no_numbers_is_not_believed(tmp_path):
     path = tmp_path / "forged"
-    told = dict(model="m", messages=[{"role": "user", "content": "q"}], parameters={}, repeat=0)
+    there = Endpoint("http://127.0.0.1:9/v1", "m")
+    told = dict(base_url=there.base_url, model="m", messages=[{"role": "user", "content": "q"}], parameters={}, repeat=0)
     row = dict(status="ok", answer="a", error="", attempts=[1], seconds=0.1, prompt_tokens="many")
-    line = {"version": 1, "digest": client.request_digest(**told), **told, **row}
+    line = {"version": 2, "digest": client.request_digest(**told), **told, **row}
     path.write_text(json.dumps(line) + "\n" + json.dumps({**line, "seconds": "long"}) + "\n")
     assert read_journal(path)["status"].tolist() == ["ok", "unreadable"]
-    with reply_server(lambda a: pytest.fail("asked")) as url:
-        frame = ask_endpoint(Endpoint(url, "m"), ["q"], journal=path)
-    assert frame["answer"][0] == "a" and frame["attempts"].isna()[0]
+    frame = ask_endpoint(there, ["q"], journal=path)
+    assert frame["source"][0] == "journal" and frame["answer"][0] == "a" and frame["attempts"].isna()[0]
 
 
 def test_a_line_without_end_is_skipped(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
+from tiny_models import tiny_lm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -467,3 +469,65 @@ def test_a_cast_model_is_the_model_loaded_in_that_precision():
     lm, half = load_lm("smollm2-135m-instruct"), load_lm("smollm2-135m-instruct", dtype="bfloat16")
     kw = dict(n_max=12, question="Copy: ", states=["normed"], floor=0)
     pd.testing.assert_frame_equal(collapse_curve(lm, dtype="bfloat16", **kw), collapse_curve(half, **kw))
+
+
+# -- models that do something of their own
+
+
+def with_head(kind):
+    "A tiny model whose logits are scaled."
+    torch.manual_seed(0)
+    size = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    if kind == "cohere":
+        config = transformers.CohereConfig(**size, num_key_value_heads=2, initializer_range=0.5, logit_scale=0.0625)
+    else:
+        config = transformers.GraniteConfig(**size, num_key_value_heads=2, initializer_range=0.5, logits_scaling=4.0)
+    return LM(AutoModelForCausalLM.from_config(config).eval(), None)
+
+
+@pytest.mark.parametrize("kind", ["cohere", "granite"])
+def test_scaled_logits_are_read_as_the_model_reads_them(kind):
+    lm, ids = with_head(kind), torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.inference_mode():
+        own, y = lm.model(ids).logits[0].softmax(-1), lm.model.base_model(ids).last_hidden_state[0]
+    torch.testing.assert_close(next_token(lm, y), own)
+
+
+def test_a_head_that_is_not_understood_is_refused(monkeypatch):
+    lm = with_head("granite")
+    monkeypatch.setattr(lm.model, "lm_head", torch.nn.Sequential(lm.model.lm_head, torch.nn.Tanh()))
+    monkeypatch.setattr(lm.model, "get_output_embeddings", lambda: lm.model.lm_head[0])
+    with pytest.raises(ValueError, match="leave 'next' out of states"):
+        next_token(lm, torch.zeros(1, 32))
+
+
+def test_a_refused_call_leaves_no_hook_behind(monkeypatch):
+    lm = with_head("granite")
+    monkeypatch.setattr("glasses_nb.glasses.collapse._PROJECTIONS", ())
+    with pytest.raises(ValueError, match="leave 'heads' out"):
+        read_states(lm, [1, 2, 3], states=("stream", "heads"))
+    assert not [h for m in lm.model.modules() for h in (m._forward_hooks, m._forward_pre_hooks) if h]
+
+
+def test_gpt_neo_is_not_packed():
+    torch.manual_seed(0)
+    config = transformers.GPTNeoConfig(
+        vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8
+    )
+    lm = LM(AutoModelForCausalLM.from_config(config).eval(), None)
+    with pytest.raises(ValueError, match="layers of kind 'local' cannot keep branches apart"):
+        collapse_curve(lm, "ones0", 20, unit=[1], after=[2], bos=False)
+
+
+@pytest.mark.parametrize("ids, told", [([], "1 to 64 tokens"), ([1] * 65, "got 65"), ([50], "0 to 49"), ([-1], "-1 to -1")])
+def test_ids_that_cannot_be_read_are_refused(ids, told):
+    with pytest.raises(ValueError, match=told):
+        read_states(tiny_lm("gpt2"), ids)
+
+
+def test_odd_arguments_are_refused():
+    lm = with_head("granite")
+    with pytest.raises(ValueError, match="n_max must be a whole number"):
+        collapse_curve(lm, "ones", float("inf"), unit=[1])
+    with pytest.raises(ValueError, match="'stream' or 'normed', got 'next'"):
+        storage_rounding(lm, "ones", 8, unit=[1], state="next")

@@ -18,6 +18,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
 )
 
 from glasses_nb.endpoint import Endpoint, Reply, reply_server
@@ -310,3 +312,17 @@ def test_the_real_model_prefers_nothing_that_brute_force_does_not():
     p = lm.model(torch.tensor([head + [ten[6]]])).logits[0].double().softmax(-1)
     expected = float(p[-2, ten[6]] * (1 - p[-1, ten].sum()))
     assert scores["p_right"][1] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_model_without_a_cache_is_told_so():
+    config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=128, state_size=4)
+    lm = LM(MambaForCausalLM(config).eval(), Letters())
+    with pytest.raises(ValueError, match="MambaForCausalLM keeps no cache .* use answer_questions"):
+        number_distribution(lm, "How many?")
+
+
+def test_a_prompt_that_continues_the_last_one():
+    lm = tiny("llama")
+    one = counting._Reader(lm)
+    for ids in ([5, 6, 7], [5, 6, 7, 8, 9], [5, 6, 7, 8], [5, 6, 7, 8]):
+        torch.testing.assert_close(one.read(ids), counting._Reader(lm).read(ids))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as hf
+from tiny_models import tiny_lm
 
 from glasses_nb.glasses.jacobian import (
     DecoderBlock,
@@ -23,38 +23,7 @@ from glasses_nb.glasses.jacobian import (
     weighted_steps,
 )
 
-SIZE = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, initializer_range=0.3)
 IDS = torch.arange(9) * 7 % 50
-
-
-def tiny_lm(kind, seed=0):
-    "A random model with random gains, without a tokenizer."
-    torch.manual_seed(seed)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    types = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
-    if kind == "llama":
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZE, **heads))
-    elif kind == "qwen2":
-        model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZE, **heads))
-    elif kind == "qwen3":
-        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZE, **heads, head_dim=16))
-    elif kind == "mistral":
-        model = hf.MistralForCausalLM(hf.MistralConfig(**SIZE, **heads, sliding_window=4))
-    elif kind == "gemma3":
-        model = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**SIZE, **heads, **types, head_dim=16, query_pre_attn_scalar=20))
-    elif kind == "gemma2":
-        model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZE, **heads, **types, head_dim=16, attn_logit_softcapping=1.0))
-    elif kind == "neox":
-        model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZE, num_attention_heads=4))
-    elif kind == "gpt2":
-        sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, initializer_range=0.3, **sizes))
-    elif kind == "bloom":
-        model = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
-    for module in model.modules():
-        if "RMSNorm" in type(module).__name__:
-            module.weight.data += 0.3 * torch.randn(module.weight.shape)
-    return model.eval(), None
 
 
 def toy(depth, logit_std, seed, width=16, mlp=0.5, n=10):
@@ -135,6 +104,17 @@ def test_frozen_derivative_is_that_of_fixed_weights(kind):
     np.testing.assert_allclose(found["spectral"], torch.linalg.matrix_norm(last, ord=2), rtol=1e-3)
     true = sensitivity(*state_function(lm, IDS), batch=32)
     assert (true["spectral"] / found["spectral"] - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gemma2"])
+def test_frozen_batches_run_like_single_texts(kind):
+    ids = torch.arange(20) * 7 % 50  # more than the window
+    function, start = state_function(tiny_lm(kind), ids, frozen=True)
+    noise = torch.randn(3, *start.shape, generator=torch.Generator().manual_seed(1))
+    together, alone = function(start + noise), [function(v[None])[0] for v in start + noise]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=1e-4)
+    found, one = (sensitivity(function, start, probes=4, batch=b) for b in (4, 1))
+    np.testing.assert_allclose(found["frobenius"], one["frobenius"], rtol=1e-3, atol=1e-5)
 
 
 def test_freezing_needs_a_replaceable_attention():
@@ -237,6 +217,12 @@ def test_layer_bounds_are_above_the_exact_norms(kind):
 def test_models_that_are_not_understood(kind, words):
     with pytest.raises(ValueError, match=words):
         take_apart(tiny_lm(kind), IDS)
+
+
+def test_half_precision_is_told_from_another_model():
+    model, tokenizer = tiny_lm("llama")
+    with pytest.raises(ValueError, match="torch.bfloat16 is too coarse to check .* load float32"):
+        take_apart((model.bfloat16(), tokenizer), IDS)
 
 
 def test_bad_text():

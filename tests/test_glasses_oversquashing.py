@@ -1,13 +1,17 @@
 "Path sums: closed forms, brute force, and the attention of small random models."
 
+import gc
 import itertools
 import math
+import weakref
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import transformers as hf
+import tiny_models
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from glasses_nb.glasses.oversquashing import (
     QueryKey,
@@ -27,33 +31,8 @@ from glasses_nb.glasses.oversquashing import (
 )
 from glasses_nb.hub import load_lm, lm_table, texts
 
-SIZE = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
-WINDOWED = dict(sliding_window=5, layer_types=["sliding_attention", "sliding_attention", "full_attention"])
+tiny_lm = partial(tiny_models.tiny_lm, layers=3, window=5)
 IDS = torch.arange(24) * 7 % 50
-
-
-def tiny_lm(kind, seed=0):
-    "A random model of three layers, without a tokenizer."
-    torch.manual_seed(seed)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
-    if kind == "llama":
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZE, **heads))
-    elif kind == "qwen3":
-        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZE, **heads, head_dim=16))
-    elif kind == "mistral":
-        model = hf.MistralForCausalLM(hf.MistralConfig(**SIZE, **heads, sliding_window=5))
-    elif kind == "gemma3":
-        model = hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**SIZE, **heads, **WINDOWED, head_dim=16))
-    elif kind == "gemma2":
-        model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZE, **heads, **WINDOWED, head_dim=16, attn_logit_softcapping=2.0))
-    elif kind == "neox":
-        model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZE, num_attention_heads=4, initializer_range=0.2))
-    elif kind == "gpt2":
-        sizes = dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, initializer_range=0.2, **sizes))
-    elif kind == "bloom":
-        model = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=50, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.2))
-    return model.eval(), None
 
 
 def random_attention(n, generator, heads=None):
@@ -247,6 +226,56 @@ def test_recording_leaves_the_states_alone(kind):
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("own_masks", [False, True])
+def test_capped_logits_of_a_batch(own_masks):
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(3, h, 9, 4, generator=g) for h in (4, 2, 2))
+    mask = torch.ones(3, 1, 9, 9).tril().bool()
+    for b in range(3 if own_masks else 0):
+        mask[b] = mask[b].triu(-b - 1)
+    logits = 2.0 * torch.tanh(q @ k.repeat_interleave(2, 1).mT * 0.7 / 2.0)
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    for given in [mask] if own_masks else [mask, mask[:1], None]:
+        ours, _ = usual_attention(None, q, k, v, given, scaling=0.7, softcap=2.0)
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_batch_runs_like_single_texts():
+    lm = tiny_lm("gemma2")
+    batch = torch.stack([IDS, IDS.flip(0), (IDS + 3) % 50])
+    with torch.no_grad(), attention_as(lm[0], usual_attention):
+        together = lm[0].base_model(batch).last_hidden_state
+        alone = [lm[0].base_model(ids[None]).last_hidden_state[0] for ids in batch]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_contexts_of_two_models_do_not_mix():
+    outer, inner, calls = tiny_lm("llama")[0], tiny_lm("gemma3")[0], []
+
+    def heard(name):
+        return lambda *args, **options: (calls.append(name), usual_attention(*args, **options))[1]
+
+    known = [set(AttentionInterface()), set(AttentionMaskInterface())]
+    with attention_as(outer, heard("outer")):
+        with attention_as(inner, heard("inner")):
+            outer(IDS[None])
+            inner(IDS[None])
+            with attention_as(outer, heard("again")):
+                outer(IDS[None])
+        outer(IDS[None])
+    assert calls == ["outer"] * 3 + ["inner"] * 3 + ["again"] * 3 + ["outer"] * 3
+    assert [set(AttentionInterface()), set(AttentionMaskInterface())] == known
+
+
+def test_recorded_text_is_let_go():
+    layers = attention_layers(tiny_lm("llama"), IDS)
+    queries = [weakref.ref(layer.query) for layer in layers]
+    del layers
+    gc.collect()
+    assert [q() for q in queries] == [None] * 3
+
+
 def test_profile_of_a_window():
     lm = tiny_lm("mistral")
     profile = path_profile(lm, IDS)
@@ -284,6 +313,11 @@ def test_bad_input():
     lm = tiny_lm("llama")
     with pytest.raises(ValueError, match="no tokens"):
         sequence_ids(lm, [])
+    with pytest.raises(ValueError, match=r"one text at a time, got token ids \(2, 2\)"):
+        sequence_ids(lm, [[1, 2], [3, 4]])
+    assert sequence_ids(lm, [[1, 2, 3]], 2).tolist() == sequence_ids(lm, [1, 2]).tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match="'abc', but the pair has no tokenizer"):
+        sequence_ids(lm, "abc")
     with pytest.raises(ValueError, match="64 positions"):
         attention_layers(tiny_lm("gpt2"), torch.zeros(65, dtype=int))
     with pytest.raises(ValueError, match="not causal"):
@@ -297,6 +331,11 @@ def test_bad_input():
     for call, words in (
         (lambda: path_sum([]), "empty"),
         (lambda: path_sum([uniform_attention(3)], beta=-1), "positive"),
+        (lambda: path_sum([uniform_attention(3)] * 3, beta=[1, 1]), "beta has 2 entries for 3 layers"),
+        (lambda: path_sum([uniform_attention(3)], beta=np.ones(3)), "beta has 3 entries for 1 layers"),
+        (lambda: path_sum(iter([torch.eye(3)] * 3), weights=[[1]]), "weights has 1 entries for 3 layers"),
+        (lambda: path_sum([uniform_attention(3)], weights=[[1]] * 2), "weights has 2 entries for 1 layers"),
+        (lambda: mixing_depth(uniform_attention(1)), "give at least 2"),
         (lambda: path_sum([uniform_attention(3)], at=3), "there are 3"),
         (lambda: path_sum([torch.ones(2, 3)]), r"\(2, 3\)"),
         (lambda: uniform_attention(0), "at least 1"),
@@ -319,6 +358,23 @@ def test_attention_is_restored_after_an_error():
         with attention_as(model, broken):
             model(IDS[None])
     assert model.config._attn_implementation == before
+
+
+def test_attention_is_restored_if_it_cannot_be_set(monkeypatch):
+    model = tiny_lm("llama")[0]
+    before, known = model.config._attn_implementation, set(AttentionInterface())
+    change = model.set_attn_implementation
+
+    def half_way(name):
+        change(name)
+        if name != before:
+            raise RuntimeError("stopped half way")
+
+    monkeypatch.setattr(model, "set_attn_implementation", half_way)
+    with pytest.raises(RuntimeError, match="half way"):
+        with attention_as(model, usual_attention):
+            pass
+    assert (model.config._attn_implementation, set(AttentionInterface())) == (before, known)
 
 
 def test_profile_of_a_packaged_model():

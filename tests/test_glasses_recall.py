@@ -22,6 +22,9 @@ CONFIGS = {
         **SIZE, intermediate_size=32, num_key_value_heads=1, sliding_window=5, initializer_range=0.3)),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(n_embd=32, n_layer=3, n_head=2, vocab_size=64, initializer_range=0.3)),
     "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", dict(**SIZE, intermediate_size=32, initializer_range=0.3)),
+    "gpt_neo": ("GPTNeoForCausalLM", "GPTNeoConfig", dict(
+        hidden_size=32, num_layers=2, num_heads=2, vocab_size=64, window_size=8, attention_types=[[["global", "local"], 1]],
+        initializer_range=0.3)),
     "bloom": ("BloomForCausalLM", "BloomConfig", dict(hidden_size=32, n_layer=2, n_head=2, vocab_size=64)),
 }  # fmt: skip
 
@@ -56,7 +59,7 @@ class Letters:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", [k for k in CONFIGS if k != "bloom"])
+@pytest.mark.parametrize("kind", [k for k in CONFIGS if k not in ("bloom", "gpt_neo")])
 @pytest.mark.parametrize("options", [{}, dict(shared=3), dict(cuts=[4, 11, 25]), dict(shared=2, questions=1)])
 def test_one_pass_equals_many(kind, attention, options):
     task, lm = random_task(1, **options), LM(build(kind, attention), None)
@@ -92,8 +95,9 @@ def test_exact_is_what_greedy_decoding_says():
     assert hits == 2 * len(greedy)
 
 
-def test_what_takes_no_mask_is_asked_the_plain_way():
-    lm, task = (build("bloom"), None), random_task(2)
+@pytest.mark.parametrize("kind", ["bloom", "gpt_neo"])
+def test_what_takes_no_mask_is_asked_the_plain_way(kind):
+    lm, task = (build(kind), None), random_task(2)
     assert rc.recall_scores(lm, task).equals(rc.recall_scores(lm, task, route="plain"))
     with pytest.raises(ValueError):
         rc.recall_scores(lm, task, route="packed")
@@ -273,3 +277,16 @@ def test_smollm2_looks_names_up():
     few = task._replace(questions=task.questions[:3], answers=task.answers[:3], labels=task.labels[:3])
     np.testing.assert_allclose(frame["logp"][:3], rc.recall_scores(lm, few, route="plain")["logp"], atol=1e-3)
     assert rc.recall_gain(frame)["gain"].mean() > 1
+
+
+def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch):
+    lm, task = (build("llama"), None), random_task(2)
+    plain = rc.recall_scores(lm, task, route="plain")
+    whole = rc.packed_inputs
+
+    def unmasked(model, packed):
+        inputs = whole(model, packed)
+        return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"]).tril()}
+
+    monkeypatch.setattr(rc, "packed_inputs", unmasked)
+    assert rc.recall_scores(lm, task).equals(plain)

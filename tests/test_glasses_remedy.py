@@ -1,5 +1,6 @@
 "The remedy: repetitions, separators, the search, and reports that believe nothing of what they quote."
 
+import dataclasses
 import html
 import re
 import signal
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from glasses_nb import cli
 from glasses_nb.glasses import remedy
+from glasses_nb.glasses.collapse import in_dtype
 from glasses_nb.glasses.counting import copy_scores
 from glasses_nb.hub import LM, load_lm
 
@@ -154,11 +156,11 @@ def test_units_are_compared_at_their_last_tokens(tiny):
 
 def test_a_copy_in_another_format_leaves_the_model_alone(tiny):
     before = {n: p.clone() for n, p in tiny.model.named_parameters()}
-    half = remedy.in_dtype(tiny, "bfloat16")
+    half = in_dtype(tiny, "bfloat16")
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
     assert half.model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert all(torch.equal(p, before[n]) and p.dtype == torch.float32 for n, p in tiny.model.named_parameters())
-    assert remedy.in_dtype(tiny, "float32") is tiny
+    assert in_dtype(tiny, "float32").model is tiny.model
 
 
 # -- the search
@@ -505,3 +507,28 @@ def test_an_interrupted_run_leaves_no_report(desk):
     _, err = child.communicate(timeout=60)
     assert child.returncode != 0 and b"Traceback" not in err, err
     assert not Path("r.html").exists()
+
+
+def test_states_that_overflow_are_no_all_clear(tiny, monkeypatch):
+    monkeypatch.setattr(remedy, "read_states", lambda *a, **kw: {("normed", 2): torch.tensor([[1.0], [float("nan")]])})
+    with pytest.raises(ValueError, match="not finite in torch.float32: choose another dtype"):
+        remedy.examine(tiny, "1" * 30)
+
+
+def test_equal_bits_are_not_an_error_of_nothing(tiny):
+    exact = torch.tensor([[1.0, 3.0], [1.0 + 1e-9, 3.0]], dtype=torch.float64)
+    (row,) = remedy.compare_units(exact, exact.bfloat16(), [0, 1]).itertuples()
+    assert row.floor == pytest.approx(np.hypot(2**-8, 2**-7)) and row.same == 1
+
+
+def test_a_short_stretch_does_not_forbid_long_periods(tiny):
+    exam = remedy.examine(tiny, "1" * 300 + " then " + "c" * 6, separators=(",",), periods=(2, 40), cases=0)
+    assert exam.trials["note"].tolist() == ["", ""]
+    assert exam.trials["extra"].tolist()[1] < exam.trials["extra"].tolist()[0] / 10
+
+
+def test_what_fails_when_measured_again_is_no_remedy(exam):
+    bad = dataclasses.replace(exam, choice={**exam.choice, "restored": 1.0}, after=exam.after.assign(lost=True))
+    assert any(line.startswith("Nothing tried restores all") for line in bad.findings())
+    good = dataclasses.replace(bad, after=exam.after.assign(lost=False))
+    assert any(line.startswith("Cheapest remedy") for line in good.findings())

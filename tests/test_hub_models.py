@@ -472,7 +472,7 @@ def test_a_device_that_cannot_do_a_precision(monkeypatch):
         hub.load_lm("tiny", dtype="float64")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma-3-270M", "", ".", "./x", "../x", "~/nowhere", "/no/such", "a/b/c", Path("a/b")])
+@pytest.mark.parametrize("name", ["gpt2", "gemma-3-270M", "", ".", "./x", "../x", "~/nowhere", "~nobody-here/x", "a" * 5000, "/no/such", "a/b/c", Path("a/b")])
 def test_names_of_nothing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="there are gemma-3-270m, smollm2-135m-instruct|no config.json in it"):
@@ -614,3 +614,11 @@ def test_smollm2_writes_a_sentence():
     ids = lm.tokenizer("The capital of France is", return_tensors="pt").input_ids
     out = lm.model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=2)
     assert lm.tokenizer.decode(out[0]).endswith(" Paris")
+
+
+def test_logits_that_are_not_finite_are_refused(warm):
+    model = hub.load_lm("tiny")[0]
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    hub._CAUSAL.discard(model)
+    with pytest.raises(ValueError, match="not finite in torch.float32: choose another dtype"):
+        hub.as_lm((model, None))

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COLLAPSE_STATES', 'COLLAPSE_FAMILIES', 'DISTANCES', 'COLLAPSE_ROUTES', 'STORED_DTYPES', 'Packed', 'pack_tails',
            'sequence_at', 'ancestor_mask', 'attention_windows', 'packed_inputs', 'tapped_forward', 'read_states',
-           'merge_report', 'Pairs', 'sequence_pairs', 'ulp', 'state_distances', 'next_token', 'noise_floor',
+           'merge_report', 'Pairs', 'sequence_pairs', 'ulp', 'state_distances', 'next_token', 'in_dtype', 'noise_floor',
            'collapse_curve', 'draw_collapse', 'draw_layers', 'storage_rounding', 'collapse_length']
 
 # %% ../../nbs/glasses/12_collapse.ipynb #ef1b2ce7
 import copy
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import pandas as pd
 import torch
 from matplotlib.colors import LogNorm
 
-from ..hub import as_lm
+from ..hub import LM, as_lm
 from ..plot import method_style, reference
 
 # %% ../../nbs/glasses/12_collapse.ipynb #9623500e
@@ -84,6 +85,8 @@ def _kinds(model):
     "What each layer's attention sees: 'full_attention', 'sliding_attention', or another kind."
     config = _text_config(model)
     kinds = getattr(config, "layer_types", None)
+    if kinds is None and hasattr(config, "attention_layers"):  # GPT-Neo's name and words for it
+        kinds = ["full_attention" if kind == "global" else kind for kind in config.attention_layers]
     if kinds is None:
         sliding = getattr(config, "sliding_window", None) is not None
         sliding &= bool(getattr(config, "use_sliding_window", True))
@@ -166,8 +169,11 @@ def _wanted_layers(layers, depth):
 # %% ../../nbs/glasses/12_collapse.ipynb #8148fb18
 def _taps(model, tap, states, layers):
     "Hooks that hand states to `tap(state, layer, tensor)`, the tensor without its batch."
-    blocks, heads = _blocks(model), _text_config(model).num_attention_heads
-    depth, hooks = len(blocks), []
+    blocks, hooks = _blocks(model), []
+    depth = len(blocks)
+    wanted = _wanted_layers(layers, depth) if "stream" in states else []
+    projection = _head_projection(blocks[-1]) if "heads" in states else None  # all that can fail comes before the first hook
+
 
     def after(layer):
         return lambda module, args, out: tap("stream", layer, (out[0] if isinstance(out, tuple) else out)[-1])
@@ -176,15 +182,14 @@ def _taps(model, tap, states, layers):
         tap("stream", 0, (args[0] if args else kwargs["hidden_states"])[-1])
 
     def mixed(module, args):
-        tap("heads", depth, args[0][-1].unflatten(-1, (heads, -1)))
+        tap("heads", depth, args[0][-1].unflatten(-1, (_text_config(model).num_attention_heads, -1)))
 
-    if "stream" in states:
-        for layer in _wanted_layers(layers, depth):
-            block = blocks[max(layer - 1, 0)]
-            hook = block.register_forward_hook(after(layer)) if layer else None
-            hooks.append(hook or block.register_forward_pre_hook(first, with_kwargs=True))
-    if "heads" in states:
-        hooks.append(_head_projection(blocks[-1]).register_forward_pre_hook(mixed))
+    for layer in wanted:
+        block = blocks[max(layer - 1, 0)]
+        hook = block.register_forward_hook(after(layer)) if layer else None
+        hooks.append(hook or block.register_forward_pre_hook(first, with_kwargs=True))
+    if projection is not None:
+        hooks.append(projection.register_forward_pre_hook(mixed))
     return hooks
 
 # %% ../../nbs/glasses/12_collapse.ipynb #908d0161
@@ -209,6 +214,17 @@ def tapped_forward(
             hook.remove()
 
 # %% ../../nbs/glasses/12_collapse.ipynb #1cec6fb0
+def _readable(model, ids):
+    "The token ids of one sequence, if the model can read them."
+    ids, known = [int(i) for i in ids], model.get_input_embeddings().num_embeddings
+    most = getattr(_text_config(model), "max_position_embeddings", None) or len(ids)
+    if not ids or len(ids) > most:
+        raise ValueError(f"a sequence must have 1 to {most} tokens for this model, got {len(ids)}")
+    if not 0 <= min(ids) <= max(ids) < known:
+        raise ValueError(f"token ids must lie in 0 to {known - 1}, got {min(ids)} to {max(ids)}")
+    return ids
+
+
 def read_states(
     lm,  # a name, or model and tokenizer
     sequences: Packed | Sequence,  # a layout of many sequences, or the token ids of one
@@ -220,7 +236,8 @@ def read_states(
     "Hidden states at chosen tokens, from one forward pass."
     lm, kept = as_lm(lm), {}
     if not isinstance(sequences, Packed):
-        sequences, _ = pack_tails([int(i) for i in sequences], [])
+        sequences, _ = pack_tails(_readable(lm.model, sequences), [])
+
 
     def keep(state, layer, x):
         kept[state, layer] = x.clone() if at is None else x[at]
@@ -317,7 +334,7 @@ def _start(lm, bos):
 
 def _whole(name, value, least):
     "Refuse anything but a whole number from `least` on."
-    if isinstance(value, bool) or value != int(value) or value < least:
+    if isinstance(value, bool) or not float(value).is_integer() or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value)
 
@@ -537,32 +554,57 @@ def next_token(
 ) -> torch.Tensor:  # (K, V) probabilities, float32 or wider
     "The distribution of the next token that the model reads off a state."
     model = as_lm(lm).model
+    _check_head(model)
     with torch.inference_mode():
-        logits = model.get_output_embeddings()(y)
-        cap = getattr(_text_config(model), "final_logit_softcapping", None)
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return torch.softmax(logits.to(wide), -1)
+        logits = _logits(model, y)
+        return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+
+
+def _logits(model, y):
+    "Logits from states after the final norm."
+    config, logits = _text_config(model), model.get_output_embeddings()(y)
+    logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+_HEADS = weakref.WeakSet()  # models whose head has been tried
+
+
+def _check_head(model):
+    "An error if the model makes its logits in another way."
+    if model in _HEADS:
+        return
+    ids = torch.tensor([[0, 1, 0, 1]], device=model.device)
+    with torch.inference_mode():
+        ours = _logits(model, model.base_model(ids, use_cache=False).last_hidden_state).float().softmax(-1)
+        own = model(ids, use_cache=False).logits.float().softmax(-1)
+    if not (ours - own).abs().max() <= 0.05 * own.max():
+        raise ValueError(f"{type(model).__name__} does more to its logits than is known here: leave 'next' out of states")
+    _HEADS.add(model)
 
 # %% ../../nbs/glasses/12_collapse.ipynb #140ca13c
-def _in_dtype(lm, dtype):
-    "The model itself, or a copy with parameters in another precision; RoPE's frequencies stay."
+def in_dtype(
+    lm,  # a name, or model and tokenizer
+    dtype,  # torch dtype or its name; None: the model's own
+) -> LM:  # the model itself, or a copy
+    "A model with its parameters in another precision; RoPE's frequencies stay."
     if dtype is not None and isinstance(lm, (str, Path)):
         return as_lm(lm, dtype=dtype)
     lm = as_lm(lm)
     if dtype is None or _dtype(dtype) == lm.model.dtype:
         return lm
-    dtype, one = _dtype(dtype), torch.ones(1, 1, 2, 2, device=lm.model.device)
-    try:
-        one = one.to(dtype)
-        torch.nn.functional.scaled_dot_product_attention(one @ one, one, one)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{lm.model.device} cannot run a model in {dtype}: {why}") from error
-    model = copy.deepcopy(lm.model)
+    dtype, model = _dtype(dtype), copy.deepcopy(lm.model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([[0, 1]], device=model.device))
+    except (RuntimeError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{model.device} cannot run {type(model).__name__} in {dtype}: {why}") from error
     return lm._replace(model=model)
 
 # %% ../../nbs/glasses/12_collapse.ipynb #2f09df77
@@ -643,6 +685,8 @@ def _one_pass(lm, pairs, states, layers, resolution, floor, routes):
     unknown = [name for name in (*states, *routes) if name not in (*COLLAPSE_STATES, *COLLAPSE_ROUTES)]
     if unknown or not states:
         raise ValueError(f"unknown {unknown}; states are {COLLAPSE_STATES}, routes {COLLAPSE_ROUTES}")
+    if "next" in states:
+        _check_head(lm.model)
     rows = np.unique(np.geomspace(1, len(pairs.table), floor).round().astype(int)) - 1
     checked = torch.tensor(pairs.table["left"].to_numpy()[rows], device=lm.model.device)
     read = {*states, "normed"} - {"next"}
@@ -678,7 +722,7 @@ def noise_floor(
     **sequences,  # what `sequence_pairs` takes
 ) -> pd.DataFrame:  # n, route, state, layer, head and distances between one sequence's states
     "What rounding alone does: the same sequence in the one pass, and by other routes."
-    lm = _in_dtype(lm, dtype)
+    lm = in_dtype(lm, dtype)
     pairs = sequence_pairs(lm, family, n_max, **sequences)
     return _one_pass(lm, pairs, states, layers, resolution, _whole("floor", floor, 1), routes)[1]
 
@@ -697,7 +741,7 @@ def collapse_curve(
     **sequences,  # what `sequence_pairs` takes: lengths, question, bos, separator, …
 ) -> pd.DataFrame:  # n, tokens, added, beyond, state, layer, head, distances, and their floors
     "How far apart the last states of S(n) and its neighbour are, for all n from one pass (Fig. 5)."
-    lm, floor = _in_dtype(lm, dtype), _whole("floor", floor, 0)
+    lm, floor = in_dtype(lm, dtype), _whole("floor", floor, 0)
     pairs = sequence_pairs(lm, family, n_max, **sequences)
     curve, noise = _one_pass(lm, pairs, states, layers, resolution, floor, routes)
     curve = curve.drop(columns=["left", "right"])
@@ -720,6 +764,7 @@ def _lines_on(ax, frame, window, level):
     "Where a window is left, and what a number format can tell apart."
     if window and frame["beyond"].any() and not frame["beyond"].all():
         reference(ax, x=frame.loc[frame["beyond"], "n"].min(), label="window begins")
+        ax.lines[-1].set_linestyle((0, (2, 4)))  # open, so that a jump there is seen
     if level:
         reference(ax, y=level[0], label=level[1])
 
@@ -748,7 +793,7 @@ def draw_collapse(
             ax.plot(noise[noise > 0], color=style["color"], linestyle=":", marker=".", linewidth=1)
     _lines_on(ax, frame, window, line and {"linf": (2**-7, "2⁻⁷"), "ulps": (1, "1 ULP")}.get(y))
     ax.set(xscale="log", yscale="linear" if y == "same" else "log", xlabel="n", ylabel=_YLABELS[y], title=title or "")
-    ax.legend()
+    ax.legend(frameon=True, framealpha=0.85, edgecolor="none")
     return ax
 
 # %% ../../nbs/glasses/12_collapse.ipynb #afe318d4
@@ -784,6 +829,8 @@ def storage_rounding(
     **sequences,  # what `sequence_pairs` takes
 ) -> pd.DataFrame:  # n, beyond, ulps (median), ulps_max, same (share of equal bits), dtype
     "One precise run, its states rounded to several formats: where do neighbours become equal bits?"
+    if state not in ("stream", "normed"):
+        raise ValueError(f"state must be 'stream' or 'normed', got {state!r}")
     lm = as_lm(lm)
     pairs = sequence_pairs(lm, family, n_max, **sequences)
     (states,) = read_states(lm, pairs.packed, states=(state,)).values()

@@ -180,8 +180,8 @@ def generate_answers(
     batch: int = 8,             # prompts decoded together
 ) -> pd.DataFrame:              # prompt, status, answer, finish_reason, prompt_tokens, completion_tokens
     "Greedy answers of a local model, in the columns of `ask_endpoint`."
-    if not len(prompts) or not max_tokens >= 1:
-        raise ValueError(f"nothing to ask: {len(prompts)} prompts, max_tokens={max_tokens}")
+    if not len(prompts) or not min(max_tokens, batch) >= 1:
+        raise ValueError(f"need prompts, max_tokens and batch of at least 1, got {len(prompts)}, {max_tokens}, {batch}")
     lm, rows = as_lm(lm), []
     ids = [_spoken(lm, text, "") for text in prompts]
     _check_room(lm, max(map(len, ids)) + max_tokens)
@@ -278,13 +278,20 @@ class _Reader:
         self.lm, self.ids, self.past = lm, [], None
         window = getattr(lm.model.config.get_text_config(), "sliding_window", None)
         self.window = window or float("inf")  # a cache that lost its first tokens is not reused
+        try:
+            _grown(_run(lm, [[0, 1]])[1], 2).crop(-1)
+        except (AttributeError, NotImplementedError) as error:
+            what = type(lm.model).__name__
+            raise ValueError(f"{what} keeps no cache that can be shortened and repeated: use answer_questions") from error
+
 
     def read(self, ids):
         "Log-probabilities after a prompt, (V,); its cache is then in `past`."
         pairs = zip(self.ids, ids[:-1])
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids), len(ids) - 1))
         if shared and len(self.ids) < self.window:
-            self.past.crop(shared - len(self.ids))  # negative: so many tokens are dropped
+            if shared < len(self.ids):
+                self.past.crop(shared - len(self.ids))  # negative: so many tokens are dropped
         else:
             shared, self.past = 0, None
         found, self.past = _run(self.lm, [ids[shared:]], self.past)
@@ -334,7 +341,7 @@ def count_ceiling(
     p: pd.Series,   # distribution after n, as from `number_distribution`
     q: pd.Series,   # distribution after n + 1
 ) -> float:         # between 1 and 2
-    "Upper bound on P(n) + Q(n + 1), the chance to be right at both lengths (Cor. 6.2)."
+    "Upper bound on P(n) + Q(n + 1), the two chances to be right added up (Cor. 6.2)."
     p, q = p.align(q, fill_value=0.0)
     rest = abs(p.sum() - q.sum())  # everything that is not listed, as one more answer
     return 1 + (float((p - q).abs().sum()) + rest) / 2

@@ -258,6 +258,8 @@ def take_apart(
         ours = rms_norm(run_blocks(blocks, start)[-1], gain, eps)
         error = float((ours - final).norm() / final.norm())
     if not error < 1e-3:
+        if torch.finfo(final.dtype).eps > 1e-4:
+            raise ValueError(f"{final.dtype} is too coarse to check (off by {error:.2g}): load float32")
         raise ValueError(f"{type(model).__name__} computes something else: off by {error:.2g}")
     return Parts(blocks, start, gain, eps)
 

@@ -9,6 +9,7 @@ __all__ = ['PathSum', 'path_sum', 'uniform_attention', 'path_constant', 'path_co
 
 # %% ../../nbs/glasses/13_oversquashing.ipynb #21a14429
 import contextlib
+import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -61,6 +62,7 @@ def path_sum(
 ) -> PathSum:       # row `at`, on the CPU in double precision
     "Row of the product of all Λ/β₁ + I, top layer leftmost (Theorem 5.1, arXiv v2)."
     row, log_total = None, 0.0
+    layers = _matched(layers, beta=None if np.ndim(beta) == 0 else beta, weights=weights)
     for i, layer in enumerate(layers):
         layer = layer if hasattr(layer, "rows") else torch.as_tensor(layer)
         row = _unit_row(layer, at) if row is None else row
@@ -85,6 +87,17 @@ def _unit_row(layer, at):
     row = torch.zeros(shape[-1], dtype=torch.float64)
     row[at] = 1.0
     return row
+
+
+def _matched(layers, **lists):
+    "The layers, if every list has as many entries."
+    for name, values in lists.items():
+        if values is not None:
+            layers = list(layers)
+            if len(values) != len(layers):
+                counts = f"{name} has {len(values)} entries for {len(layers)} layers"
+                raise ValueError(f"{counts}: give one per layer, top layer first")
+    return layers
 
 # %% ../../nbs/glasses/13_oversquashing.ipynb #029811ca
 def uniform_attention(
@@ -188,11 +201,13 @@ def mixing_depth(
 ) -> Mixing:             # the rate, and the depth that Proposition 5.2 needs
     "Second eigenvalue, and layers until the first token holds all but `tol`."
     a = torch.as_tensor(attention)
+    row = _unit_row(a, -1).to(a)
+    if len(row) == 1:
+        raise ValueError("attention is of 1 token, which keeps everything: give at least 2")
     second = (beta + float(a.diagonal()[1:].max())) / (beta + 1)
     if second == 1:
         stuck = int(a.diagonal()[1:].argmax()) + 2
         raise ValueError(f"token {stuck} attends to itself alone: it keeps its share at any depth")
-    row = _unit_row(a, -1).to(a)
     for depth in range(1, most + 1):
         row = (row @ a + beta * row) / (beta + 1)
         if row[0] >= 1 - tol:
@@ -200,6 +215,9 @@ def mixing_depth(
     raise ValueError(f"token 1 holds {float(row[0]):.4g} after {most} layers: raise most or tol")
 
 # %% ../../nbs/glasses/13_oversquashing.ipynb #0cc3a3a8
+_numbers = itertools.count()
+
+
 @contextlib.contextmanager
 def attention_as(
     model,     # a `transformers` model
@@ -208,15 +226,16 @@ def attention_as(
     "Within this context the model attends through `function`."
     if not _replaceable(model):
         raise ValueError(f"{type(model).__name__} does not let its attention be replaced")
-    masks = AttentionMaskInterface()
-    AttentionInterface.register("glasses_nb", function)
-    AttentionMaskInterface.register("glasses_nb", masks["sdpa"])
-    before = model.config._attn_implementation
-    model.set_attn_implementation("glasses_nb")
+    name, before = f"glasses_nb_{next(_numbers)}", model.config._attn_implementation
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
     try:
+        model.set_attn_implementation(name)
         yield
     finally:
         model.set_attn_implementation(before)
+        for table in (AttentionInterface, AttentionMaskInterface):  # they offer no way to unregister
+            table._global_mapping.pop(name, None)
 
 
 def _replaceable(model):
@@ -226,19 +245,22 @@ def _replaceable(model):
 # %% ../../nbs/glasses/13_oversquashing.ipynb #4a88094c
 def usual_attention(
     module,     # the attention module, as `transformers` hands it over with all that follows
-    query,      # (1, H, n, d)
-    key,        # (1, K, n, d)
-    value,      # (1, K, n, d)
-    mask,       # (1, 1, n, n) or None
+    query,      # (B, H, n, d)
+    key,        # (B, K, n, d)
+    value,      # (B, K, n, d)
+    mask,       # (B, 1, n, n), (1, 1, n, n) for all alike, or None
     **options,  # scaling, dropout, softcap and others
-) -> tuple:     # output (1, n, H, d), and None for the weights
+) -> tuple:     # output (B, n, H, d), and None for the weights
     "Fused attention, or plain attention where a layer caps its logits."
     if options.get("softcap") is None:
         return AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
-    layer = QueryKey(query[0], key[0], options["scaling"], _plain_mask(mask), options["softcap"])
-    weights = layer.rows(0, query.shape[2])[1].to(value.dtype)
-    groups = query.shape[1] // value.shape[1]
-    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2), None
+    masks = [None] * len(query) if mask is None else mask.expand(len(query), -1, -1, -1).split(1)
+    values, outputs = value.repeat_interleave(query.shape[1] // value.shape[1], 1), []
+    for q, k, v, own in zip(query, key, values, masks):
+        layer = QueryKey(q, k, options["scaling"], _plain_mask(own), options["softcap"])
+        first, weights = layer.rows(0, q.shape[1])
+        outputs.append(weights.to(v.dtype) @ v[:, first : first + weights.shape[-1]])
+    return torch.stack(outputs).transpose(1, 2), None
 
 # %% ../../nbs/glasses/13_oversquashing.ipynb #ccc72597
 @dataclass(frozen=True)
@@ -317,8 +339,14 @@ def sequence_ids(
     "Token ids as the model takes them, special tokens of the tokenizer included."
     model, tokenizer = as_lm(lm)
     if isinstance(text, str):
+        if tokenizer is None:
+            got = f"the text {text[:20]!r}, but the pair has no tokenizer for it"
+            raise ValueError(f"{got}: give token ids, or a model with its tokenizer")
         text = tokenizer(text)["input_ids"]
-    ids = torch.as_tensor(text, device=model.device).reshape(1, -1)[:, :most]
+    ids = torch.as_tensor(text, device=model.device)
+    if ids.shape[:-1].numel() > 1:
+        raise ValueError(f"one text at a time, got token ids {tuple(ids.shape)}: give one row")
+    ids = ids.reshape(1, -1)[:, :most]
     bound = getattr(model.config, "max_position_embeddings", None)
     if ids.shape[1] == 0:
         raise ValueError("the text has no tokens: give at least one")

@@ -10,6 +10,7 @@ __all__ = ['NAMES', 'WORDINGS', 'RecallTask', 'key_value_task', 'recall_scores',
 import inspect
 import os
 import random
+import weakref
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -141,6 +142,21 @@ def _packed_scores(model, task):
         yield _score(logp[[place[row] for row in some]], answer)
 
 # %% ../../nbs/glasses/15_recall.ipynb #d7e42c31
+_PACKS = weakref.WeakKeyDictionary()  # model -> whether it keeps packed questions apart
+
+
+def _packs(model, task):
+    "Whether a model takes our mask: of two packed questions the last must score as it does alone."
+    if model not in _PACKS and len(task.questions) > 1:
+        two, one = (task._replace(questions=task.questions[-k:], answers=task.answers[-k:]) for k in (2, 1))
+        try:
+            (_, (packed, _)), [(alone, _)] = _packed_scores(model, two), _plain_scores(model, one)
+        except ValueError:  # this model takes no such mask
+            packed, alone = float("nan"), 0.0
+        _PACKS[model] = abs(packed - alone) <= 8 * torch.finfo(model.dtype).eps ** 0.5 * max(1, abs(alone))
+    return _PACKS.get(model, False)
+
+
 def recall_scores(
     lm,     # a name, or model and tokenizer
     tasks,  # a RecallTask, or several
@@ -155,13 +171,8 @@ def recall_scores(
     for task in [tasks] if isinstance(tasks, RecallTask) else tasks:
         _check_task(model, task)
         with torch.inference_mode():
-            try:
-                how = _plain_scores if route == "plain" else _packed_scores
-                found = list(how(model, task))
-            except ValueError:  # this model takes no such mask
-                if route is not None:
-                    raise
-                found = list(_plain_scores(model, task))
+            packs = route == "packed" or (route is None and _packs(model, task))
+            found = list((_packed_scores if packs else _plain_scores)(model, task))
         frames.append(task.labels.assign(**dict(zip(("logp", "exact"), zip(*found)))))
     return pd.concat(frames, ignore_index=True)
 

@@ -6,16 +6,14 @@ versions, the settings) beside this file; the page of benchmarks shows what is t
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 import time
 import warnings
-from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 import torch
+from machine import write_about
 
 from glasses_nb.ademamix.optimizer import AdEMAMix
 from glasses_nb.hub import require
@@ -119,20 +117,7 @@ def main():
         rows += measure(size, SIZES[size], names, a.rounds)
     HERE.mkdir(exist_ok=True)
     pd.DataFrame(rows).to_csv(HERE / "ademamix.csv", index=False, float_format="%.5g")
-    about = dict(
-        command="make bench", threads=torch.get_num_threads(), rounds=a.rounds, torch=torch.__version__,
-        pytorch_optimizer=metadata.version("pytorch_optimizer"), python=platform.python_version(),
-        processor=cpu_name(), system=platform.system(),
-    )
-    (HERE / "ademamix.json").write_text(json.dumps(about, indent=1) + "\n")
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    write_about(HERE / "ademamix.json", "pytorch_optimizer", rounds=a.rounds)
 
 
 if __name__ == "__main__":

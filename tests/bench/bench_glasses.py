@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import transformers
+from machine import write_about
 
 from glasses_nb import hub
 from glasses_nb.glasses.collapse import collapse_curve, read_states
@@ -211,14 +211,6 @@ MEASUREMENTS = {
 }
 
 
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*", help=f"of {', '.join(MEASUREMENTS)} (default: all)")
@@ -236,12 +228,7 @@ def main():
     for name in a.only or MEASUREMENTS:
         rows += [dict(name=name, **r) for r in MEASUREMENTS[name]()]
         pd.DataFrame(rows).to_csv(path, index=False, float_format="%.5g")  # a later one may be stopped
-    about = dict(
-        command="make bench", threads=torch.get_num_threads(), torch=torch.__version__,
-        transformers=transformers.__version__, python=platform.python_version(),
-        processor=cpu_name(), system=platform.system(),
-    )
-    (HERE / "glasses.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_about(HERE / "glasses.json", "transformers")
 
 
 if __name__ == "__main__":

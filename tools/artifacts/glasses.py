@@ -1,6 +1,6 @@
-"""The long runs behind the page "Counting and copying": `make artifacts PAPER=glasses_counting`.
+"""The long runs behind the page "Counting and copying": `make artifacts PAPER=glasses`.
 
-One model after the other, one thread. Every finished part is kept under `_build/artifacts/glasses_counting`, so
+One model after the other, one thread. Every finished part is kept under `_build/artifacts/glasses`, so
 that a second call goes on where the first was stopped. The tables and the log end up in the package.
 """
 
@@ -28,7 +28,7 @@ from glasses_nb.glasses.counting import (
 from glasses_nb.hub import load_lm
 
 ROOT = Path(__file__).resolve().parents[2]
-WORK = ROOT / "_build" / "artifacts" / "glasses_counting"
+WORK = ROOT / "_build" / "artifacts" / "glasses"
 DEST = ROOT / "glasses_nb" / "artifacts" / "glasses"
 MODELS = {"SmolLM2 135M": "smollm2-135m-instruct", "Gemma 3 270M": "gemma-3-270m"}
 LENGTHS = [5, 15, 35, 65, 95, 105, 145, 195]  # of the paper's 5, 15, …, 195
@@ -106,7 +106,7 @@ def main():
     for key, tables in parts.items():
         pd.concat(tables).to_csv(DEST / f"{key}.csv", index=False, float_format="%.5g")
     head = [
-        "command: make artifacts PAPER=glasses_counting",
+        "command: make artifacts PAPER=glasses",
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, one thread",
         "float32; the packaged weights were rounded to 4 to 8 bits",
     ]
