@@ -1,6 +1,7 @@
 "What all tests share."
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ sys.path[:0] = [str(ROOT / "tools")]
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job passes that on to what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPORT = pytest.StashKey[list]()
 
