@@ -270,7 +270,7 @@ def _grown(past, rows):
     past.batch_repeat_interleave(rows)
     return past
 
-
+# %% ../../nbs/glasses/16_counting.ipynb #b83f52d7
 class _Reader:
     "Reads prompts one after another, and what two neighbours share only once."
 
