@@ -93,7 +93,40 @@ def _check_actions(actions, n_actions, low, high):
             step = int(np.argmax(bad))
             raise ValueError(f"action {array[step]} of episode {n}, step {step} is not {said}")
 
-# %% ../../nbs/radt/23_data.ipynb #90fe507b
+# %% ../../nbs/radt/23_data.ipynb #b2daab17
+def _tidied(e):
+    "The parts of a container as arrays of one kind, once all are fit."
+    discrete = e.n_actions is not None
+    lists = lambda part, kind: [np.ascontiguousarray(p, dtype=kind) for p in part]
+    observations, rewards = lists(e.observations, np.float32), lists(e.rewards, np.float64)
+    actions = lists(e.actions, np.int64 if discrete else np.float32)
+    _check_lengths(observations, actions, rewards)
+    shape = () if discrete else actions[0].shape[1:2] or (1,)
+    _check_part("observations", observations, observations[0].shape[1:2] or (1,), "one vector per step")
+    _check_part("actions", actions, shape, "one per step")
+    _check_part("rewards", rewards, (), "one number per step")
+    low = high = None
+    if not discrete:
+        if e.action_low is None or e.action_high is None:
+            raise ValueError("continuous actions need action_low and action_high, or give n_actions")
+        low, high = _check_bounds(e.action_low, e.action_high, shape[0])
+    _check_actions(actions, e.n_actions, low, high)
+    ended = np.zeros(len(rewards), bool) if e.ended is None else np.array(e.ended, bool)
+    if ended.shape != (len(rewards),):
+        raise ValueError(f"ended must have one entry for each of {len(rewards)} episodes, got {ended.shape}")
+    return dict(observations=observations, actions=actions, rewards=rewards, ended=ended,
+                action_low=low, action_high=high)
+
+
+def _digest(e):
+    "A digest of all numbers of a container."
+    sha = hashlib.sha256(repr((e.world, e.n_actions, e.lengths.tolist())).encode())
+    bounds = [] if e.n_actions is not None else [e.action_low, e.action_high]
+    for array in (*e.observations, *e.actions, *e.rewards, e.ended, *bounds):
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+# %% ../../nbs/radt/23_data.ipynb #fa9d1861
 @dataclass(frozen=True, eq=False)
 class Episodes:
     "Recorded episodes of one world, looked at when they come in."
@@ -107,24 +140,8 @@ class Episodes:
     world: str = ""                 # "runner", or an id of Gymnasium
 
     def __post_init__(self):
-        keep = lambda name, value: object.__setattr__(self, name, value)
-        kinds = dict(observations=np.float32, rewards=np.float64,
-                     actions=np.float32 if self.n_actions is None else np.int64)
-        for name, kind in kinds.items():
-            keep(name, [np.ascontiguousarray(part, dtype=kind) for part in getattr(self, name)])
-        _check_lengths(self.observations, self.actions, self.rewards)
-        _check_part("observations", self.observations, self.observations[0].shape[1:2], "flatten them")
-        shape = () if self.n_actions is not None else self.actions[0].shape[1:2] or (1,)
-        _check_part("actions", self.actions, shape, "one row per step")
-        _check_part("rewards", self.rewards, (), "one number per step")
-        if self.n_actions is None:
-            if self.action_low is None or self.action_high is None:
-                raise ValueError("continuous actions need action_low and action_high, or give n_actions")
-            low, high = _check_bounds(self.action_low, self.action_high, shape[0])
-            keep("action_low", low), keep("action_high", high)
-        _check_actions(self.actions, self.n_actions, self.action_low, self.action_high)
-        ended = np.zeros(len(self), bool) if self.ended is None else np.array(self.ended, bool)
-        keep("ended", ended.reshape(len(self)))
+        for name, value in _tidied(self).items():
+            object.__setattr__(self, name, value)
 
     def __len__(self):
         return len(self.rewards)
@@ -142,13 +159,7 @@ class Episodes:
     @property
     def digest(self) -> str:
         "A digest of all numbers."
-        sha = hashlib.sha256(repr((self.world, self.n_actions, self.lengths.tolist())).encode())
-        for part in (self.observations, self.actions, self.rewards, [self.ended]):
-            for array in part:
-                sha.update(np.ascontiguousarray(array).tobytes())
-        for bound in (self.action_low, self.action_high):
-            sha.update(b"" if bound is None else bound.tobytes())
-        return sha.hexdigest()
+        return _digest(self)
 
     def subset(
         self,
@@ -278,19 +289,20 @@ def split(
     order = np.random.default_rng(seed).permutation(len(episodes))
     return episodes.subset(sorted(order[held:])), episodes.subset(sorted(order[:held]))
 
-# %% ../../nbs/radt/23_data.ipynb #5af1112c
+# %% ../../nbs/radt/23_data.ipynb #b593451d
 def scaling_of(
     episodes: Episodes,  # to learn from
-) -> dict:               # state_mean, state_std (S,), rtg_scale, action_low, action_high (A,) or None
+) -> dict:               # state_mean, state_std (S,), rtg_scale; action_low, action_high (A,)
     "Constants that bring states and returns to go to order one."
     states = np.concatenate([o[:-1] for o in episodes.observations]).astype(float)
     scale = np.abs(np.percentile(episodes.returns, [5, 95])).max()
-    return dict(state_mean=states.mean(0).astype(np.float32),
-                state_std=(states.std(0) + 1e-6).astype(np.float32),
-                rtg_scale=float(scale) or 1.0,
-                action_low=episodes.action_low, action_high=episodes.action_high)
+    found = dict(state_mean=states.mean(0).astype(np.float32),
+                 state_std=(states.std(0) + 1e-6).astype(np.float32), rtg_scale=float(scale) or 1.0)
+    if episodes.n_actions is None:
+        found.update(action_low=episodes.action_low, action_high=episodes.action_high)
+    return found
 
-# %% ../../nbs/radt/23_data.ipynb #9ef54249
+# %% ../../nbs/radt/23_data.ipynb #48fde654
 class _Windows(Dataset):
     "Windows of `context` steps, one row per recorded step where a window may begin."
 
@@ -308,7 +320,8 @@ class _Windows(Dataset):
         self.end = np.repeat(ends, self.lengths)                   # (N,) and where it ends
         self.states = np.concatenate([o[:-1] for o in episodes.observations])
         self.actions = np.concatenate(episodes.actions)
-        self.rtg = np.concatenate([returns_to_go(r) for r in episodes.rewards]).astype(np.float32)
+        rtg = np.concatenate([returns_to_go(r) for r in episodes.rewards])
+        self.rtg = rtg[:, None].astype(np.float32)
         self.filler = -10.0 if episodes.n_actions is None else 0
         left = self.end - np.arange(len(self.end))
         self.starts = np.flatnonzero(left >= context) if full else np.arange(len(self.end))
@@ -319,19 +332,18 @@ class _Windows(Dataset):
         return len(self.starts)
 
     def __getitem__(self, row):
-        start = self.starts[np.asarray(row)]
+        start = self.starts[np.asarray(row)][..., None]  # (..., 1)
         pad = np.maximum(0, self.context - (self.end[start] - start))
-        steps = start[..., None] + np.arange(self.context) - pad[..., None]       # (..., K)
-        mask = steps >= start[..., None]
-        at = np.where(mask, steps, start[..., None])
-        take = lambda part, filler: np.where(
-            mask.reshape(mask.shape + (1,) * (part.ndim - 1)), part[at], np.asarray(filler, part.dtype))
-        found = dict(states=take(self.states, 0), actions=take(self.actions, self.filler),
-                     rtg=take(self.rtg, 0)[..., None],
-                     timesteps=np.where(mask, steps - self.first[start][..., None], 0), mask=mask)
-        return {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in found.items()}
+        steps = start + np.arange(self.context) - pad    # (..., K)
+        mask = steps >= start
+        at = np.where(mask, steps, start)
+        found = dict(states=self.states[at], actions=self.actions[at], rtg=self.rtg[at],
+                     timesteps=at - self.first[start], mask=mask)
+        found["states"][~mask], found["actions"][~mask] = 0, self.filler
+        found["rtg"][~mask], found["timesteps"][~mask] = 0, 0
+        return {name: torch.from_numpy(part) for name, part in found.items()}
 
-
+# %% ../../nbs/radt/23_data.ipynb #e215f8ef
 def windows(
     episodes: Episodes,   # to learn from
     context: int,         # K, steps of a window
@@ -508,7 +520,24 @@ def load_episodes(
         raise ValueError(f"the data set {str(where)!r} cannot be used: {error}") from error
     return episodes
 
-# %% ../../nbs/radt/23_data.ipynb #20ba9b46
+# %% ../../nbs/radt/23_data.ipynb #ab90f0eb
+ENV_IDS = {"pendulum": "Pendulum-v1", "halfcheetah": "HalfCheetah-v5"}
+
+
+def _steps_of(env_id):
+    "Steps after which a world of Gymnasium stops the episode."
+    gym = require("gymnasium", "rl")
+    try:
+        spec = gym.spec(env_id)
+    except gym.error.Error as error:
+        raise ValueError(f"Gymnasium knows no world {env_id!r}: {error}") from error
+    if "mujoco" in str(spec.entry_point):
+        require("mujoco", "rl")
+    if not spec.max_episode_steps:
+        raise ValueError(f"{env_id} has no limit of steps: register it with max_episode_steps")
+    return spec.max_episode_steps
+
+# %% ../../nbs/radt/23_data.ipynb #d4380d40
 class GymWorld:
     "Many copies of a Gymnasium world; states are vectors, actions a box or a discrete choice."
 
@@ -516,22 +545,13 @@ class GymWorld:
         self,
         env_id: str,  # such as "HalfCheetah-v5"
     ):
-        gym = require("gymnasium", "rl")
-        try:
-            spec = gym.spec(env_id)
-        except gym.error.Error as error:
-            raise ValueError(f"Gymnasium knows no world {env_id!r}: {error}") from error
-        if "mujoco" in str(spec.entry_point):
-            require("mujoco", "rl")
-        self.env_id, self.episode_len, self.copies = env_id, spec.max_episode_steps, []
+        self.env_id, self.episode_len, self.copies = env_id, _steps_of(env_id), []
         one = self._copies(1)[0]
-        if type(one.observation_space).__name__ != "Box" or len(one.observation_space.shape) != 1:
-            raise ValueError(f"the states of {env_id} are {one.observation_space}, not a vector")
-        if not self.episode_len:
-            raise ValueError(f"{env_id} has no limit of steps: register it with max_episode_steps")
-        told = _acts(one.action_space, None)
-        self.state_dim, self.n_actions = one.observation_space.shape[0], told.get("n_actions")
-        self.act_dim = self.n_actions or one.action_space.shape[0]
+        space, told = one.observation_space, _acts(one.action_space, None)
+        if type(space).__name__ != "Box" or len(space.shape) != 1:
+            raise ValueError(f"the states of {env_id} are {space}, not a vector")
+        self.state_dim, self.n_actions = space.shape[0], told.get("n_actions")
+        self.act_dim = self.n_actions or int(np.prod(one.action_space.shape))
         self.action_low, self.action_high = told.get("action_low"), told.get("action_high")
 
     def _copies(self, n):
@@ -568,17 +588,14 @@ class GymWorld:
         self.over |= ended | cut
         return self.states.copy(), rewards, ended, cut, {}
 
-
+# %% ../../nbs/radt/23_data.ipynb #87a9cfc2
 def make_world(
     name: str,  # "runner", "pendulum", "halfcheetah", or an id of Gymnasium
 ):              # Runner or GymWorld: reset(n, seed), step(actions)
     "A batch world by name."
     return Runner() if name == "runner" else GymWorld(ENV_IDS.get(name, name))
 
-# %% ../../nbs/radt/23_data.ipynb #1e43949f
-ENV_IDS = {"pendulum": "Pendulum-v1", "halfcheetah": "HalfCheetah-v5"}
-
-# %% ../../nbs/radt/23_data.ipynb #3e00e78c
+# %% ../../nbs/radt/23_data.ipynb #4ec60a0e
 class BehaviourPolicy:
     "A shipped actor: states (n, S) -> actions (n, A) in [-1, 1]."
 
@@ -605,7 +622,7 @@ class BehaviourPolicy:
         weight, bias = self.layers[-1]
         return np.tanh(h @ weight.T + bias)
 
-
+# %% ../../nbs/radt/23_data.ipynb #51c4a537
 def behaviour_table() -> pd.DataFrame:  # policy, world, steps of training, return of three episodes
     "The shipped policies, and the return each had in its training library."
     with open(artifact("radt", "policies.csv"), encoding="utf-8", newline="") as f:
@@ -655,10 +672,10 @@ def roll_out(
     return Episodes(cut_to(seen, 1), cut_to(acted), cut_to(rewarded), world.action_low, world.action_high,
                     ended=ended, world=world.env_id)
 
-# %% ../../nbs/radt/23_data.ipynb #19e83441
+# %% ../../nbs/radt/23_data.ipynb #99af1c49
 RECIPES = {  # policies, noise levels, episodes of each pair
-    "pendulum": (("002000", "003000", "004000", "006000", "010000"), (0.0, 0.25, 0.5, 0.75, 1.0, 1.5), 20),
-    "halfcheetah": (("060000", "100000"), tuple(k / 10 for k in range(11)), 9),
+    "pendulum": (("002000", "003000", "004000", "006000", "010000"), tuple(k / 8 for k in range(12)), 10),
+    "halfcheetah": (("060000", "100000", "150000"), tuple(k / 10 for k in range(11)), 6),
 }
 
 
