@@ -93,13 +93,14 @@ def _check_actions(actions, n_actions, low, high):
             step = int(np.argmax(bad))
             raise ValueError(f"action {array[step]} of episode {n}, step {step} is not {said}")
 
-# %% ../../nbs/radt/23_data.ipynb #b2daab17
+# %% ../../nbs/radt/23_data.ipynb #da8e7401
 def _tidied(e):
     "The parts of a container as arrays of one kind, once all are fit."
     discrete = e.n_actions is not None
     lists = lambda part, kind: [np.ascontiguousarray(p, dtype=kind) for p in part]
-    observations, rewards = lists(e.observations, np.float32), lists(e.rewards, np.float64)
-    actions = lists(e.actions, np.int64 if discrete else np.float32)
+    with np.errstate(over="ignore"):  # too large becomes infinite, and is refused below
+        observations, rewards = lists(e.observations, np.float32), lists(e.rewards, np.float64)
+        actions = lists(e.actions, np.int64 if discrete else np.float32)
     _check_lengths(observations, actions, rewards)
     shape = () if discrete else actions[0].shape[1:2] or (1,)
     _check_part("observations", observations, observations[0].shape[1:2] or (1,), "one vector per step")
@@ -424,7 +425,7 @@ def _move_in(aside, root, dataset_id):
             shutil.copy2(told, root / space)
     os.rename(aside / dataset_id, root / dataset_id)
 
-# %% ../../nbs/radt/23_data.ipynb #678476f0
+# %% ../../nbs/radt/23_data.ipynb #d27c9c72
 def save_episodes(
     episodes: Episodes,       # returns not all equal
     dataset_id: str,          # such as "runner-v0" or "toys/runner-v0", not taken
@@ -432,8 +433,8 @@ def save_episodes(
 ) -> Path:                    # folder of the new set
     "Save episodes as a Minari data set, whole or not at all."
     minari = _minari()
-    if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", str(dataset_id)):
-        raise ValueError(f"an id looks like 'name-v0' or 'world/name-v0', got {dataset_id!r}")
+    if not re.fullmatch(r"(?![-\w]/[^/]*$)([-\w]+/)*[-\w]+-v\d+", str(dataset_id)):
+        raise ValueError(f"an id looks like 'name-v0' or 'some/name-v0', got {dataset_id!r}")
     root = Path(minari.storage.get_dataset_path(""))
     if (root / dataset_id).exists():
         raise ValueError(f"there is a data set {dataset_id!r} already: choose another name or version")
