@@ -143,3 +143,11 @@ def test_a_missing_extra_is_named_with_its_command(core_env):
     assert done.returncode == 1 and "ImportError" in last or "ModuleNotFoundError" in last
     assert "pytorch_optimizer" in done.stderr
     assert "pip install" in done.stderr and "glasses_nb[dev]" in done.stderr
+
+
+def test_offline_data_without_its_extra(core_env):
+    "The toy world works; the others name the extra that brings them."
+    code = "from glasses_nb.radt.data import make_dataset as m; print(len(m('runner'))); m('pendulum')"
+    done = run(core_env, "-c", code, cwd="/")
+    assert done.stdout.strip() == "600" and "ImportError" in done.stderr
+    assert "pip install" in done.stderr and "glasses_nb[rl]" in done.stderr
