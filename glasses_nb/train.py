@@ -534,6 +534,9 @@ def _bar(run, progress):
     return tqdm(total=run.settings["steps"], initial=run.step, unit="step", disable=not shown)
 
 
+
+
+
 def _is_due(step, every, steps):
     "Every so many steps, and at the last."
     return step == steps or (every is not None and step % every == 0)
@@ -574,14 +577,17 @@ def train(
                     clip_norm=clip_norm, rows=len(data))
     opened = _open_run(
         model, optimizer, scheduler, accelerator, mixed_precision, folder, settings)
+    shown = {}  # on the bar: the loss, and what was measured last
     with opened as run, _bar(run, progress) as bar:
         for batch in _batches(run, data, collate_fn):
             measured = evaluate is not None and _is_due(run.step + 1, evaluate_every, steps)
             due = measured or _is_due(run.step + 1, log_every, steps)
             rates = _advance(run, batch, loss, clip_norm, due)
             if due:
-                _write_row(run, rates, _evaluate(run, evaluate) if measured else {})
-                bar.set_postfix(loss=f"{run.rows[-1]['loss']:.4g}", refresh=False)
+                metrics = _evaluate(run, evaluate) if measured else {}
+                _write_row(run, rates, metrics)
+                shown.update(loss=run.rows[-1]["loss"], **metrics)
+                bar.set_postfix({n: f"{x:.4g}" for n, x in shown.items()}, refresh=False)
             bar.update(1)
             if folder is not None and _is_due(run.step, save_every, steps):
                 _save(run, keep)

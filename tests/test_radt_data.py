@@ -598,7 +598,7 @@ def test_the_extra_and_its_pins_agree(root):
 
 def test_the_training_script_says_what_it_needs(root):
     "Stable-Baselines3 is in no extra."
-    code = "import sys, runpy; sys.modules['stable_baselines3'] = None; runpy.run_path('tools/artifacts/radt.py')"
+    code = "import sys, runpy; sys.modules['stable_baselines3'] = None; runpy.run_path('tools/artifacts/radt_policies.py')"
     env = dict(os.environ, PYTHONPATH=str(root))
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "pip install -c constraints.txt stable-baselines3" in done.stderr
