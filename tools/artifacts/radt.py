@@ -238,12 +238,15 @@ def policies(workers):
 
 
 def main():
+    global WORK
     stages = dict(policies=policies, runner=lambda n: experiment("runner", n),
                   halfcheetah=lambda n: experiment("halfcheetah", n), core=core)  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="*", help="policies, runner, halfcheetah, core; none: the first three")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of finished runs")
     told = parser.parse_args()
+    WORK = told.work
     unknown = set(told.stage) - set(stages)
     if unknown:
         parser.error(f"unknown stage: {', '.join(sorted(unknown))}")
