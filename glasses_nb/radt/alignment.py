@@ -260,7 +260,7 @@ def _changed(m, actor):
 
 # %% ../../nbs/radt/24_alignment.ipynb #8c117c11
 def alignment_table(
-    answers: Answers,
+    answers: Answers,  # of `ask`
     low: float,    # 5th percentile of the data's returns
     high: float,   # 95th
 ) -> pd.DataFrame: # one row per target: inside, episodes, mean, std, errors of mean and of episodes in spans
