@@ -39,3 +39,14 @@ def pytest_terminal_summary(terminalreporter, config):
 def root():
     "The root of the repository."
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "Torch on one thread: small tensors gain nothing from more."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

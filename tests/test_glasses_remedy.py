@@ -47,12 +47,7 @@ def tiny_lm(extra=(), positions=512, seed=0, scale=0.05):
     return LM(LlamaForCausalLM(config).eval().requires_grad_(False), sign_tokenizer(extra))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

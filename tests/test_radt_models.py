@@ -39,12 +39,7 @@ READS_RETURNS = [k for k in KINDS if k not in ("clone", "blind")]
 SCALING = Scaling([1.0, 0.0, -1.0], [2.0, 1.0, 0.5], 10.0, [-2.0, 0.0], [2.0, 1.0])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(kind, seed=0, stir=0.15, scaling=SCALING, **more):

@@ -25,12 +25,7 @@ TINY = dict(context=5, width=8, layers=1, dropout=0.0)
 FIT = dict(steps=3, lr=1e-3, batch_size=16, warmup=2, progress=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -448,7 +448,7 @@ def save_episodes(
     minari = _minari()
     if not re.fullmatch(r"(?![-\w]/[^/]*$)([-\w]+/)*[-\w]+-v\d+", str(dataset_id)):
         raise ValueError(f"an id looks like 'name-v0' or 'some/name-v0', got {dataset_id!r}")
-    root = Path(minari.storage.get_dataset_path(""))
+    root = Path(minari.storage.get_dataset_path("")).absolute()
     if (root / dataset_id).exists():
         raise ValueError(f"there is a data set {dataset_id!r} already: choose another name or version")
     _write_minari(episodes, root, dataset_id, note)
@@ -541,6 +541,8 @@ ENV_IDS = {"pendulum": "Pendulum-v1", "halfcheetah": "HalfCheetah-v5"}
 def _steps_of(env_id):
     "Steps after which a world of Gymnasium stops the episode."
     gym = require("gymnasium", "rl")
+    if ":" in env_id:  # Gymnasium would import what stands before it, and data sets name worlds too
+        raise ValueError(f"{env_id!r} names a module: import it yourself, then give the id after the colon")
     try:
         spec = gym.spec(env_id)
     except gym.error.Error as error:

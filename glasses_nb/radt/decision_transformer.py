@@ -473,11 +473,13 @@ class Agent(_SavedModel):
     def act(self, states, actions, rtg, timesteps, mask=None):
         "The action of the last step in the world's units, (B, A), or its index, (B,)."
         training = self.training
-        self.eval()
+        if training:  # both walk through all modules, which takes its time at every step
+            self.eval()
         try:
             last = self(states, actions, rtg, timesteps, mask)[:, -1]
         finally:
-            self.train(training)
+            if training:
+                self.train()
         return last.argmax(-1) if self.config.discrete else self.scaling.to_world(last)
 
 # %% ../../nbs/radt/21_decision_transformer.ipynb #026c8c22

@@ -32,9 +32,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from glasses_nb.cli_radt import facts_of
 from glasses_nb.radt.aligners import count_parameters
 from glasses_nb.radt.alignment import Alignment, alignment_table
-from glasses_nb.radt.data import make_dataset, runner_episodes, split, windows
+from glasses_nb.radt.data import make_dataset, make_world, runner_episodes, split, windows
 from glasses_nb.radt.decision_transformer import imitation_loss
 from glasses_nb.radt.training import fit, make_agent
 
@@ -153,8 +154,12 @@ def best_rates(world, workers):
     frame = pd.DataFrame([dict(model=f["job"]["model"], lr=f["job"]["lr"], seed=f["job"]["seed"],
                                held_out=f["held_out"], **f["scores"]) for f in found])
     frame.round(6).to_csv(WORK / f"{world}_sweep.csv", index=False)
-    means = frame.groupby(["model", "lr"]).e1.mean().unstack()
-    return means.idxmin(axis=1).to_dict()
+    return least(frame)
+
+
+def least(sweep):
+    "The rate of least e1 for each model, mean over seeds."
+    return sweep.groupby(["model", "lr"]).e1.mean().unstack().idxmin(axis=1).to_dict()
 
 
 def jobs_of(world, rates):
@@ -216,14 +221,13 @@ def experiment(world, workers):
                 target = DEST / "agents" / f"{f['job']['model']}-{f['job']['seed']}"
                 shutil.rmtree(target, ignore_errors=True)
                 shutil.copytree(WORK / "agents" / f["name"], target)
+        facts = facts_of(data_of(world)[0], make_world(world))
+        (DEST / "agents" / "data.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def core(workers):
-    "DT and RADT on the Runner, five seeds each, from nothing: what the page says takes ten minutes."
-    rates = best_rates("runner", workers) if not (DEST / "runner_sweep.csv").exists() else None
-    if rates is None:
-        sweep = pd.read_csv(DEST / "runner_sweep.csv")
-        rates = sweep.groupby(["model", "lr"]).e1.mean().unstack().idxmin(axis=1).to_dict()
+    "DT and RADT on the Runner, five seeds each, at the rates of the shipped sweep."
+    rates = least(pd.read_csv(DEST / "runner_sweep.csv"))
     began = time.time()
     found = run_all([job("runner", m, rates[m], s, table="core") for m in ("dt", "radt") for s in range(5)], workers)
     frame = pd.DataFrame([row_of(f) for f in found])
