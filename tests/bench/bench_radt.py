@@ -109,7 +109,8 @@ def decoding_speed(rounds=5):
                 one, _ = seconds(lambda: actor.act(states[t], np.ones(1), t))
                 took.setdefault((how, t), []).append(one)
         middle = {key: statistics.median(values) for key, values in took.items()}
-        for case, steps, goal in (("window filling", range(1, 20), ">= 3"), ("window full, sliding", range(20, 200), "")):
+        for case, steps, goal in (("2 to 10 steps read", range(1, 10), ""), ("11 to 20 steps read", range(10, 20), ">= 3"),
+                                  ("window full, sliding", range(20, 200), "")):
             total = {how: sum(middle[how, t] for t in steps) / len(steps) for how in ("anew", "cache")}
             what, case = "decoding, one episode, K = 20", f"{name}, {case}"
             rows += [row(what, case, f"a step, {how}", 1e3 * s, "ms") for how, s in total.items()]
