@@ -17,9 +17,10 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ..hub import require
+from ..plot import PALETTE
 from .alignment import Answers, ask
 from .data import _quiet_mujoco
 
@@ -165,7 +166,8 @@ def render_backend() -> str:  # "osmesa", "egl", "glfw" or "cgl", a value of MUJ
     raise RuntimeError(f"{_REMEDY}; tried: {', '.join(tried)}")
 
 # %% ../../nbs/radt/29_watch.ipynb #716fe64a
-BLUE, ORANGE, GREY, INK, PAPER = (0, 114, 178), (213, 94, 0), (205, 205, 205), (20, 20, 20), (255, 255, 255)
+BLUE, ORANGE = (ImageColor.getrgb(PALETTE[name]) for name in ("blue", "vermillion"))
+GREY, INK, PAPER = (205, 205, 205), (20, 20, 20), (255, 255, 255)
 CAPTION = 46  # pixels above a picture
 
 
