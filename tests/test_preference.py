@@ -175,7 +175,8 @@ def test_other_precisions(attention, dtype):
     model = build("llama", fresh=True).to(dtype)
     model.set_attn_implementation(attention)
     rows = rows_of(4)
-    assert fork_fault(model, 30) == ""
+    bad_padding = attention == "eager" and dtype == torch.float64  # transformers' mask overflows: the trial finds out
+    assert bool(fork_fault(model, 30)) == bad_padding
     with torch.no_grad():
         got = pair_logps(model, *rows)
     most = 0.5 if dtype == torch.bfloat16 else 1e-5  # its norms compute in float32

@@ -511,3 +511,13 @@ def test_stock_attention_is_the_limit():
     q, k, v = torch.randn(3, 2, 2, 9, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     got = few_bit_attention(SimpleNamespace(kv_scheme="kv8g4", training=False), q, k, v, None)[0].transpose(1, 2)
     assert 1e-4 < largest(got, F.scaled_dot_product_attention(q, k, v, is_causal=True)) < 0.05
+
+
+def test_packed_blocks_refuse_padding():
+    "Where blocks would not begin with a context; with keys by token there are none, and padding does no harm."
+    ids, mask = tokens(2, 11), torch.arange(11)[None] >= torch.tensor([[0], [3]])
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, attention_mask=mask.long())
+    blocks, lines = with_kv_cache(llama(), "kv4g4"), with_kv_cache(llama(), "kv4g8-token")
+    with pytest.raises(ValueError, match="the prompts of a batch must be equally long"):
+        blocks.generate(ids, past_key_values=PackedKV(blocks), **options)
+    assert torch.equal(*(lines.generate(ids, past_key_values=cache, **options) for cache in (PackedKV(lines), hf.DynamicCache())))

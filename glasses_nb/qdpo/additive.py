@@ -137,7 +137,7 @@ def residual_start(
         codes.append(code.view(shape))
     return torch.stack(codes), torch.stack(codebooks), scale
 
-# %% ../../nbs/qdpo/33_additive.ipynb #0151233a
+# %% ../../nbs/qdpo/33_additive.ipynb #387e7f52
 def _best_codes(slope, block, codes, codebooks, scale, width=4):
     "For one group of every row: codes (M, out) by beam search, and how far the group moved (out, g)."
     s, old = scale[:, None, None], codeword_sum(codes[..., None], codebooks, scale)
@@ -159,7 +159,7 @@ def _best_codes(slope, block, codes, codebooks, scale, width=4):
     new = torch.stack(paths)[..., 0]
     return torch.where(better, new, codes), torch.where(better[:, None], sums[:, 0] - old, 0.0)
 
-
+# %% ../../nbs/qdpo/33_additive.ipynb #a68b8fb0
 def codes_in_turn(
     weight: torch.Tensor,     # (out, in)
     hessian: torch.Tensor,    # (in, in)
@@ -170,7 +170,7 @@ def codes_in_turn(
     "One pass over the groups: each takes better codes, if the beam finds some, while all others stay."
     group = codebooks.shape[-1]
     left = (weight - codeword_sum(codes, codebooks, scale)).T.contiguous()  # (in, out)
-    codes = codes.transpose(1, 2).long().contiguous()                       # (M, in / g, out)
+    codes = codes.transpose(1, 2).long().clone(memory_format=torch.contiguous_format)  # (M, in / g, out)
     for j in range(codes.shape[1]):
         at = slice(j * group, (j + 1) * group)
         slope = (hessian[at] @ left).T
@@ -178,7 +178,7 @@ def codes_in_turn(
         left[at] -= moved.T
     return codes.transpose(1, 2).contiguous()
 
-# %% ../../nbs/qdpo/33_additive.ipynb #bcf82950
+# %% ../../nbs/qdpo/33_additive.ipynb #b2ddd0a4
 def codes_ahead(
     weight: torch.Tensor,     # (out, in)
     hessian: torch.Tensor,    # (in, in), positive definite
@@ -188,7 +188,7 @@ def codes_ahead(
 ) -> torch.Tensor:            # (M, out, in / g)
     "One pass that looks ahead: the weights still to come make up for the error of each group."
     group, root = codebooks.shape[-1], inverse_factor(hessian, 0.0).to(weight)
-    codes = codes.transpose(1, 2).long().contiguous()  # (M, in / g, out)
+    codes = codes.transpose(1, 2).long().clone(memory_format=torch.contiguous_format)  # (M, in / g, out)
     left = weight.T.clone()                            # (in, out), what the groups should be
     for j in range(codes.shape[1]):
         at, later = slice(j * group, (j + 1) * group), slice((j + 1) * group, None)

@@ -138,7 +138,7 @@ def _check_options(module, options):
     if odd:
         raise ValueError(f"{type(module).__name__} asks for {', '.join(odd)}, which attention over codes does not know")
 
-# %% ../../nbs/qdpo/34_kv_cache.ipynb #d7fc762d
+# %% ../../nbs/qdpo/34_kv_cache.ipynb #5eb33a0a
 def _contexts(seen, coded):
     "Pairs that cover all queries with codes to read: queries (B, Q), and the context (B, K) whose beginning each of them sees."
     left, count = coded.any(-1), seen.sum(-1)
@@ -159,6 +159,8 @@ def _coded_keys(key, scheme, seen, coded):
         yield coded.any(-1), _through_codes(key, scheme, "keys")
         return
     for rows, context in _contexts(seen, coded):
+        if not context[:, :getattr(key, "kv_coded", 0)].all():
+            raise ValueError("blocks of a packed cache begin at its first column: the prompts of a batch must be equally long")
         yield rows, _through_codes(key, scheme, "keys", (~context).int().argsort(dim=-1, stable=True))
 
 # %% ../../nbs/qdpo/34_kv_cache.ipynb #12a46b32
@@ -340,9 +342,9 @@ class _PackedBatch(_PackedLayer):
     def batch_select_indices(self, indices):
         self._rows(lambda t: t[indices])
 
-# %% ../../nbs/qdpo/34_kv_cache.ipynb #e1a92604
+# %% ../../nbs/qdpo/34_kv_cache.ipynb #834a9a99
 class PackedKV(Cache):
-    "A cache for `generate` that holds codes in bytes; the prompts of a batch must be equally long."
+    "A cache for `generate` that holds codes in bytes."
 
     def __init__(
         self,

@@ -287,7 +287,7 @@ def _read_tensors(folder, layers, rest):
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder.name}: {_WEIGHTS} cannot be read ({error})") from error
 
-# %% ../../nbs/qdpo/31b_packing.ipynb #0b541416
+# %% ../../nbs/qdpo/31b_packing.ipynb #98a6eb7c
 def _unpacked(name, told, tensors):
     "The tensors of a layer as `packed` gave them; taken out of `tensors`."
     held = {}
@@ -312,7 +312,8 @@ def _layer_in(name, told, held, dtype, packed):
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{name}: its tensors make no {kind.__name__} ({str(error)[:200]})") from error
     if shape != tuple(told["shape"]) or again.keys() != held.keys():
-        raise ValueError(f"{name}: its tensors make a matrix {shape} with {sorted(again)}, its record says {told['shape']}, {sorted(held)}")
+        raise ValueError(f"{name}: its tensors make a matrix {shape} with {sorted(again)}, "
+                         f"its record says {told['shape']}, {sorted(held)}")
     if not all(torch.equal(again[n].to(t.dtype), t) for n, t in held.items() if not t.is_floating_point()):
         raise ValueError(f"{name}: its codes do not survive as a trainable layer in {dtype}: load with packed=True")
     return layer

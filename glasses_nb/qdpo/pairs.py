@@ -7,13 +7,12 @@ __all__ = ['load_prompts', 'published_prompts', 'chat_ids', 'stop_ids', 'context
            'Pair', 'first_flip', 'cut_after_flip', 'score_pairs', 'pair_table', 'keep_pairs', 'pair_report',
            'make_pairs', 'save_pairs', 'load_pairs', 'to_trl']
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #0d163409
+# %% ../../nbs/qdpo/35_pairs.ipynb #39034b8a
 import contextlib
 import hashlib
 import importlib.util
 import json
 import os
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -467,7 +466,7 @@ def make_pairs(
     kept = keep_pairs(found, keep)
     return kept, pair_report(found, kept, identical, stop_ids(full))
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #99ecac98
+# %% ../../nbs/qdpo/35_pairs.ipynb #a9a0c556
 def save_pairs(
     pairs: list,       # of `Pair`
     path: str | Path,  # JSON lines; the whole file or nothing is written
@@ -501,7 +500,7 @@ def load_pairs(
     if not path.is_file() or path.stat().st_size > 2**31:
         raise ValueError(f"{path.name!r} is no file of pairs: one that save_pairs wrote is needed")
     found = []
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open("rb") as file:
         for n, line in enumerate(file, 1):
             where = f"{path.name} line {n}"
             found.append(_read_pair(_from_json(line, where), where))

@@ -114,7 +114,15 @@ def qdpo_losses(
         loss = loss + o.kl * _forward_kl(full, prompts, chosen, logits, real)
     return loss
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #1bd52e88
+# %% ../../nbs/qdpo/37_qdpo.ipynb #84ad573a
+@torch.no_grad()
+def _logps_now(model, pairs, batch_size):
+    "(n, 2) log-probabilities of chosen and rejected answers under a model."
+    some = [pairs[at:at + batch_size] for at in range(0, len(pairs), batch_size)]
+    rows = [[[getattr(p, name) for p in part] for name in ("prompt", "chosen", "rejected")] for part in some]
+    return torch.cat([torch.stack(pair_logps(model, *row), 1).cpu() for row in rows])
+
+
 def check_reference(
     model,                    # quantised, as it will be trained
     pairs: list,              # of `Pair`
@@ -122,20 +130,13 @@ def check_reference(
     batch_size: int = 8,      # pairs at once
 ) -> float:                   # the largest difference, nats
     "Whether pairs hold the log-probabilities of this very model."
-    scores, worst = _scores(pairs)[:, 1], 0.0
-    for at in range(0, len(pairs), batch_size):
-        some = pairs[at:at + batch_size]
-        with torch.no_grad():
-            rows = ([getattr(p, n) for p in some] for n in ("prompt", "chosen", "rejected"))
-            now = torch.stack(pair_logps(model, *rows), 1).cpu()
-        off = (now - scores[at:at + batch_size]).abs()
-        if not off.max() <= tolerance:
-            n = int(off.amax(1).argmax())
-            raise ValueError(
-                f"pair {some[n].key or at + n}: log-probabilities {scores[at + n].tolist()} were stored, this model gives "
-                f"{now[n].tolist()}. The pairs belong to another model: score them again with score_pairs")
-        worst = max(worst, float(off.max()))
-    return worst
+    stored, now = _scores(pairs)[:, 1], _logps_now(model, pairs, batch_size)
+    off = (now - stored).abs().amax(1)
+    if not (off <= tolerance).all():
+        n = int(off.nan_to_num(math.inf).argmax())
+        raise ValueError(f"pair {pairs[n].key or n}: log-probabilities {stored[n].tolist()} were stored, this model gives {now[n].tolist()}. "
+                         "The pairs belong to another model: score them again with score_pairs")
+    return float(off.max())
 
 # %% ../../nbs/qdpo/37_qdpo.ipynb #d61df909
 class LoRA(nn.Module):
@@ -208,7 +209,7 @@ def lora_bits(
         raise ValueError(f"{type(model).__name__} has no corrections: use add_lora(model) first")
     return 16 * sum(m.a.numel() + m.b.numel() for m in loras) / sum(m.b.shape[0] * m.a.shape[1] for m in loras)
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #ccfb3df6
+# %% ../../nbs/qdpo/37_qdpo.ipynb #d5b30927
 def _check_task(model, pairs, objective, full, batch_size, epochs, lr, warmup):
     "The number of steps, or an error that says what is in the way."
     if not trained_parameters(model):
@@ -229,7 +230,7 @@ def _check_task(model, pairs, objective, full, batch_size, epochs, lr, warmup):
         _scores(pairs)
     return epochs * (len(pairs) // batch_size)
 
-
+# %% ../../nbs/qdpo/37_qdpo.ipynb #36bf8f06
 def _optimizer(model, lr, steps, warmup):
     "AdamW over what is trained, and its schedule: up over the warm-up, then down to nothing."
     trained = trained_parameters(model.requires_grad_(False))
@@ -240,15 +241,15 @@ def _optimizer(model, lr, steps, warmup):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / rise, (steps - n) / max(1, steps - rise + 1)))
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #991f357b
+# %% ../../nbs/qdpo/37_qdpo.ipynb #09ec4bfa
 def align(
     model,                  # made by `quantize`; trained in place
     pairs: list,            # of `Pair`
-    objective: Objective = Objective(),
+    objective: Objective = Objective(),  # what is minimised
     *,
     full=None,              # the full-precision model, where the objective has `kl`
     lr: float = 1e-5,       # of AdamW, falls linearly to 0 after the warm-up
-    epochs: int = 1,
+    epochs: int = 1,        # passes over the pairs
     batch_size: int = 8,    # pairs
     warmup: float = 0.1,    # share of the steps
     seed: int = 0,          # of the order of the pairs
@@ -264,7 +265,7 @@ def align(
     finally:
         model.eval().requires_grad_(False)
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #7be9d8b9
+# %% ../../nbs/qdpo/37_qdpo.ipynb #a254443d
 class PairWatch:
     "What training does to pairs, for `align(…, evaluate=PairWatch(model, pairs))`."
 
@@ -280,15 +281,9 @@ class PairWatch:
         fixed = any(isinstance(m, LoRA) for m in model.modules())
         self.codes = model_codes(model) if rounded and not fixed else None
 
-    @torch.no_grad()
     def __call__(self, model) -> dict:
         "logp_chosen, logp_rejected, margin (nats); shares of pairs whose margin grew, and of codes_changed."
-        found = []
-        for at in range(0, len(self.pairs), self.batch_size):
-            some = self.pairs[at:at + self.batch_size]
-            rows = ([getattr(p, n) for p in some] for n in ("prompt", "chosen", "rejected"))
-            found.append(torch.stack(pair_logps(model, *rows), 1).cpu())
-        logps = torch.cat(found)
+        logps = _logps_now(model, self.pairs, self.batch_size)
         margin, before = logps[:, 0] - logps[:, 1], self.start[:, 0] - self.start[:, 1]
         told = dict(logp_chosen=logps[:, 0].mean(), logp_rejected=logps[:, 1].mean(), margin=margin.mean(),
                     grew=(margin > before + 1e-3).float().mean())
@@ -296,7 +291,7 @@ class PairWatch:
             told["codes_changed"] = codes_changed(self.codes, model_codes(model))
         return {n: float(x) for n, x in told.items()}
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #2e24d5b7
+# %% ../../nbs/qdpo/37_qdpo.ipynb #0c058528
 def _token_trainer(order):
     "TRL's trainer for token ids and log-probabilities that are given, in our order of rows."
     class TokenDPOTrainer(require("trl", "dev").DPOTrainer):
@@ -312,12 +307,21 @@ def _token_trainer(order):
     return TokenDPOTrainer
 
 
+def _trl_config(**wanted):
+    "TRL's options with what `align` does, and what our numbers need, in place of its defaults."
+    config = require("trl", "dev").DPOConfig
+    off = {n: False for n in ("bf16", "activation_checkpointing", "gradient_checkpointing") if hasattr(config, n)}
+    plain = dict(precompute_ref_log_probs=True, max_length=None, max_grad_norm=1.0)
+    quiet = dict(logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
+    return config(**{**off, **plain, **quiet, **wanted})
+
+
 def _trl_rows(pairs, reference):
     "The columns that TRL's collator wants."
     return [dict(prompt_ids=p.prompt, chosen_ids=p.chosen, rejected_ids=p.rejected, ref_chosen_logps=ref[0], ref_rejected_logps=ref[1])
             for p, ref in ((p, getattr(p, reference)) for p in pairs)]
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #9f19386b
+# %% ../../nbs/qdpo/37_qdpo.ipynb #ae778405
 def trl_trainer(
     model,                  # made by `quantize`; trained in place
     pairs: list,            # of `Pair`
@@ -325,26 +329,22 @@ def trl_trainer(
     tokenizer,              # of the model: TRL asks for its padding token
     *,
     folder,                 # where TRL may write
-    lr: float = 1e-5,       # as in `align`, and so are the next four
-    epochs: int = 1,
-    batch_size: int = 8,
-    warmup: float = 0.1,
-    seed: int = 0,
+    lr: float = 1e-5,       # as in `align`
+    epochs: int = 1,        # passes over the pairs
+    batch_size: int = 8,    # pairs
+    warmup: float = 0.1,    # share of the steps
+    seed: int = 0,          # of the order of the pairs
     **options,              # of TRL's `DPOConfig`
 ):                          # its trainer: call `train()`, then read `state.log_history`
     "The run that `align` makes, to be made by TRL's `DPOTrainer`."
     if objective.sft or objective.kl or objective.dpo != 1:
         raise ValueError(f"TRL's run has QDPO's loss alone, dpo=1, sft=0 and kl=0, got {objective}")
     steps = _check_task(model, pairs, objective, None, batch_size, epochs, lr, warmup)
-    trl, datasets = require("trl", "dev"), require("datasets", "dev")
-    off = {n: False for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(trl.DPOConfig, n)}
-    config = dict(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size, max_grad_norm=1.0, beta=objective.beta,
-        precompute_ref_log_probs=True, max_length=None, use_cpu=next(model.parameters()).device.type == "cpu", bf16=False,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=seed, **off)
-    trainer = _token_trainer(sum(BatchOrder(len(pairs), batch_size, seed, 0, steps), []))(
-        model, args=trl.DPOConfig(**{**config, **options}), processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list(_trl_rows(pairs, objective.reference)),
-        optimizers=_optimizer(model, lr, steps, warmup))
+    datasets, wanted = require("datasets", "dev"), dict(output_dir=str(folder), max_steps=steps, beta=objective.beta, seed=seed)
+    wanted |= dict(per_device_train_batch_size=batch_size, use_cpu=next(model.parameters()).device.type == "cpu", **options)
+    order = sum(BatchOrder(len(pairs), batch_size, seed, 0, steps), [])
+    trainer = _token_trainer(order)(
+        model, args=_trl_config(**wanted), processing_class=tokenizer, optimizers=_optimizer(model, lr, steps, warmup),
+        train_dataset=datasets.Dataset.from_list(_trl_rows(pairs, objective.reference)))
     trainer.remove_callback(require("transformers.trainer_callback", "dev").PrinterCallback)
     return trainer

@@ -19,11 +19,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import argparse
-import copy
 import hashlib
 import json
 import platform
-import pydoc_data.topics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -33,10 +31,11 @@ import pandas as pd
 import torch
 
 from glasses_nb.hub import load_lm
-from glasses_nb.qdpo.diagnosis import perplexity, teacher_forced
-from glasses_nb.qdpo.pairs import chat_ids, greedy_answers, keep_pairs, load_prompts, score_pairs
+from glasses_nb.qdpo.diagnosis import neutral_texts, perplexity, teacher_forced
+from glasses_nb.qdpo.packing import load_quantized, save_quantized
+from glasses_nb.qdpo.pairs import Pair, chat_ids, greedy_answers, keep_pairs, load_prompts, score_pairs
 from glasses_nb.qdpo.qdpo import Objective, align, length_beta
-from glasses_nb.qdpo.quantizers import QuantLinear, quantize, quantized_layers
+from glasses_nb.qdpo.quantizers import codes_changed, model_codes, quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "_build" / "artifacts" / "qdpo"
@@ -97,16 +96,18 @@ def calibration():
 
 
 def fresh(scheme):
-    "A newly quantised model; made once, then read."
-    path = WORK / "models" / f"{scheme}.pt"
-    model = full()[0]
-    if path.exists():
-        return copy.deepcopy(torch.load(path, weights_only=False))  # a file of this very script
-    made = quantize(model, scheme, calibration() if not scheme.startswith(("rtn", "hqq")) else None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(made, path.with_suffix(f".{os.getpid()}"))
-    os.replace(path.with_suffix(f".{os.getpid()}"), path)
-    return made
+    "A newly quantised model. What takes minutes is made once and read from its folder afterwards."
+    if scheme.startswith("rtn"):
+        return quantize(full()[0], scheme)
+    folder = WORK / "models" / scheme
+    if not folder.exists():
+        made = quantize(full()[0], scheme, None if scheme.startswith("hqq") else calibration())
+        try:
+            save_quantized(made, folder)
+        except (OSError, ValueError):  # another worker was faster
+            if not folder.exists():
+                raise
+    return load_quantized(folder).model
 
 
 def kept(name, make):
@@ -144,8 +145,6 @@ def answers():
 
 def pairs_of(scheme, model=None, n=0, of=1):
     "Pairs of the training prompts' first turns, every `of`-th of them from `n`; `model` makes its own rejected answers."
-    from glasses_nb.qdpo.pairs import Pair
-
     def make():
         rows = answers()
         rows = rows[(rows.split == "train") & (rows.turn == 1)]
@@ -174,13 +173,6 @@ def pair_table(scheme):
                 rejected=float(frame.rejected.map(len).mean()))
 
 
-def neutral():
-    "English of the Python documentation, which nobody here was trained on: 24 pieces of 128 tokens."
-    tokenizer, topics = full()[1], pydoc_data.topics.topics
-    long = [tokenizer(topics[name])["input_ids"] for name in sorted(topics)]
-    return [ids[64:192] for ids in long if len(ids) >= 192][:24]
-
-
 def measure(model, split):
     "A row per prompt and turn, and the perplexity of neutral text."
     rows = answers()
@@ -190,14 +182,7 @@ def measure(model, split):
                                      logp_full=("logp_full", "sum"), logp_quantized=("logp_quantized", "sum"))  # fmt: skip
     keys = rows[["id", "kind", "turn"]].reset_index(drop=True)
     table = pd.concat([keys, sums.reset_index(drop=True)], axis=1)
-    return table, (perplexity(model, neutral(), BATCH) if split == "test" else None)
-
-
-def changed(before, model):
-    "Share of the codes that are not what they were; of additive layers, whose codes stay, nothing."
-    old, new = quantized_layers(before), quantized_layers(model)
-    pairs = [(o.codes(), new[n].codes()) for n, o in old.items() if n in new and type(o) is QuantLinear]
-    return sum((a != b).sum().item() for a, b in pairs) / max(1, sum(a.numel() for a, _ in pairs)) if pairs else None
+    return table, (perplexity(model, neutral_texts(full()[1]), BATCH) if split == "test" else None)
 
 
 def job(scheme, method, lr, seed, epochs, split="test"):
@@ -220,7 +205,7 @@ def run(j):
     torch.manual_seed(0)
     teacher, tokenizer, _ = full()
     model, began, losses, beta = fresh(j["scheme"]), time.time(), [], None
-    start = copy.deepcopy(model)
+    before = model_codes(model)
     phases = METHODS.get(j["method"], [])
     for n, phase in enumerate(phases):
         pairs = pairs_of(j["scheme"], model if n else None, n, len(phases))
@@ -232,7 +217,7 @@ def run(j):
     seconds = time.time() - began
     table, ppl = measure(model, j["split"])
     found = dict(job=j, name=name_of(j), seconds=round(seconds, 1), beta=beta, pairs=len(pairs) if phases else 0, losses=losses,
-                 codes_changed=changed(start, model) if phases else None, perplexity=ppl,
+                 codes_changed=codes_changed(before, model_codes(model)) if phases else None, perplexity=ppl,
                  table=table.to_dict("records"))  # fmt: skip
     if j["split"] == "test" and j["seed"] == 0 and j["scheme"] == "rtn-w4g64":
         rows = answers()
@@ -275,14 +260,10 @@ def sweep(workers):
     jobs = [job("rtn-w4g64", "untouched", [], 0, 0, "valid")]
     jobs += [job("rtn-w4g64", m, [lr], SEED_OF_SWEEP, 1, "valid") for m, rates in RATES.items() for lr in rates]
     found = run_all(jobs, workers)
-    frame = pd.DataFrame([dict(method=f["job"]["method"], lr=(f["job"]["lr"] or [0])[0], flip=flip_rate(f),
-                               kl=sum(r["kl"] for r in f["table"]) / sum(r["tokens"] for r in f["table"]),
-                               beta=f["beta"], loss_first=(f["losses"] or [None])[0], loss_last=(f["losses"] or [None])[-1],
-                               codes_changed=f["codes_changed"]) for f in found])
+    write("sweep", found)
+    frame = pd.DataFrame([dict(method=f["job"]["method"], lr=(f["job"]["lr"] or [0])[0], flip=flip_rate(f)) for f in found])
     save("sweep", frame)
     print(frame.to_string(), flush=True)
-    log("sweep", found)
-    return frame
 
 
 def best_rates():
@@ -343,7 +324,7 @@ def write(name, found):
         **keys(f), "lr": "/".join(f"{x:g}" for x in f["job"]["lr"]), "beta": f["beta"], "pairs": f["pairs"],
         "steps": len(f["losses"]), "loss_first": (f["losses"] or [None])[0], "loss_last": (f["losses"] or [None])[-1],
         "codes_changed": f["codes_changed"], "perplexity": f["perplexity"], "seconds": f["seconds"]} for f in found]))
-    save(f"{name}_prompts", pd.DataFrame([{**keys(f), **r} for f in found for r in f["table"]]))
+    save(f"{name}_prompts", pd.DataFrame([{**keys(f), "lr": "/".join(f"{x:g}" for x in f["job"]["lr"]), **r} for f in found for r in f["table"]]))
     save(f"{name}_pairs", pd.DataFrame([pair_table(s) for s in dict.fromkeys(f["job"]["scheme"] for f in found)
                                         if (WORK / f"pairs-{s}.json").exists()]))
     spoken = [dict(method=f["job"]["method"], **s) for f in found for s in f.get("said", [])]
