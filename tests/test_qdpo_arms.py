@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from glasses_nb.qdpo.arms import ARMS, _flips, arm_scores, cache_gap, continued, handed_over, read_cache, run_arms
 from glasses_nb.qdpo.diagnosis import layer_number, mixed_model, teacher_forced, token_f1
-from glasses_nb.qdpo.pairs import first_flip, greedy_answers
+from glasses_nb.qdpo.pairs import first_flip, greedy_answers, stop_ids
 from glasses_nb.qdpo.quantizers import linear_names, quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +76,7 @@ def test_arms_by_hand(kind):
         for _ in range(16 - got.flip - 1):
             token = int(decoder(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1].argmax())
             text.append(token)
-            if token == 2:
+            if token in stop_ids(decoder):
                 break
         assert got.text == text, got.arm
 
@@ -121,7 +121,8 @@ def test_no_gap_without_quantisation(kind):
     model = tiny_lm(kind)[0].requires_grad_(False)
     gap = cache_gap(model, model, PROMPTS)
     assert gap[["key", "value", "attention"]].max().max() == 0
-    assert gap[gap.layer == 1].groupby("row").size().tolist() == [len(p) for p in PROMPTS]  # the last layer sees everything
+    if kind != "mistral":  # where the last layer, too, has a window
+        assert gap[gap.layer == 1].groupby("row").size().tolist() == [len(p) for p in PROMPTS]
     if kind not in ("mistral", "gemma3"):
         assert len(gap) == 2 * sum(map(len, PROMPTS))
 
@@ -154,9 +155,10 @@ def test_one_wide_layer_in_numbers(pair):
 def test_hand_over_along_a_text(pair, prompt, text):
     full, rough = pair
     found = handed_over(full, rough, [prompt], [text]).set_index(["cache", "weights"])
-    assert found.loc["full", "full"].kl.abs().max() < 1e-6 and not found.loc["full", "full"].flip.any()
+    same = found.loc[[("full", "full")]]
+    assert same.kl.abs().max() < 1e-6 and not same.flip.any()
     both = teacher_forced(full, rough, [prompt + text[:1]], [text[1:]])
-    np.testing.assert_allclose(found.loc["quantized", "quantized"].kl, both.kl, atol=1e-4)
+    np.testing.assert_allclose(found.loc[[("quantized", "quantized")]].kl, both.kl, atol=1e-4)
     models = dict(full=full, quantized=rough)
     p = full(torch.tensor([prompt + text[:-1]])).logits[0, len(prompt):].log_softmax(-1)
     for reader, decoder in (("full", "quantized"), ("quantized", "full")):

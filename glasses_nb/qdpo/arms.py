@@ -34,7 +34,7 @@ def read_cache(
         use_cache=True, logits_to_keep=1).past_key_values
     return cache, real
 
-# %% ../../nbs/qdpo/36b_arms.ipynb #5b1b41b3
+# %% ../../nbs/qdpo/36b_arms.ipynb #0c9981ca
 def _attention_of(layer):
     "The attention of a decoder layer."
     for name, module in layer.named_children():
@@ -68,8 +68,9 @@ def cache_gap(
     frames = []
     for i, text in enumerate(texts):
         for layer, (p, q) in enumerate(zip(_watched(full, text), _watched(quantized, text), strict=True)):
-            apart = {name: ((q[name] - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12)).tolist() for name, x in p.items()}
-            frames.append(pd.DataFrame(dict(row=i, layer=layer, at=range(len(text)), **apart)))
+            last = range(len(text))[-len(p["key"]):]  # a sliding window keeps no more
+            apart = {name: ((q[name] - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12)).tolist()[-len(last):] for name, x in p.items()}
+            frames.append(pd.DataFrame(dict(row=i, layer=layer, at=last, **apart)))
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/qdpo/36b_arms.ipynb #a6cdff24
@@ -121,7 +122,7 @@ def _flips(said, stop, most, least):
             found[i] = t
     return found
 
-# %% ../../nbs/qdpo/36b_arms.ipynb #4bd2cc65
+# %% ../../nbs/qdpo/36b_arms.ipynb #8d6c7079
 @torch.no_grad()
 def run_arms(
     full,                      # full-precision model
@@ -132,6 +133,8 @@ def run_arms(
     batch_size: int = 16,      # prompts at once; 1 for models that padding disturbs
 ) -> pd.DataFrame:             # a row per prompt and arm: row, arm, flip, prompt (up to the token of the flip), text, greedy
     "What follows the first flip, by who read the text before it, whose token it is, and who decodes."
+    if not 1 <= least < max_new_tokens:
+        raise ValueError(f"least must be 1 or more and below max_new_tokens={max_new_tokens}, got {least}")
     models, rows = dict(full=full, quantized=quantized), []
     said = {who: greedy_answers(m, prompts, max_new_tokens, batch_size) for who, m in models.items()}
     flips = _flips(said, stop_ids(full), max_new_tokens, least)
@@ -151,7 +154,7 @@ def run_arms(
     frame = pd.DataFrame(rows, columns=["row", "arm", "flip", "prompt", "text", "greedy"])
     return frame.sort_values("row", kind="stable", ignore_index=True)
 
-# %% ../../nbs/qdpo/36b_arms.ipynb #5be5eb75
+# %% ../../nbs/qdpo/36b_arms.ipynb #250f29d3
 def arm_scores(
     full,                 # full-precision model
     quantized,            # the model to compare with it
@@ -159,6 +162,8 @@ def arm_scores(
     batch_size: int = 8,  # texts at once
 ) -> pd.DataFrame:        # a row per prompt and arm: row, arm, f1, prefix, logp, kl
     "Each arm's continuation beside arm A's, and as full precision reads it."
+    if not len(arms):
+        raise ValueError("there are no arms to compare: no answers part early enough")
     base = arms[arms.arm == "A"].set_index("row").text
     tokens = teacher_forced(full, quantized, arms.prompt.tolist(), arms.text.tolist(), batch_size)
     mean = tokens.groupby("row")[["logp_full", "kl"]].mean()
@@ -166,7 +171,7 @@ def arm_scores(
     prefix = [first_flip(text, base[i]) for i, text in zip(arms.row, arms.text)]
     return arms[["row", "arm"]].assign(f1=f1, prefix=prefix, logp=mean.logp_full.to_numpy(), kl=mean.kl.to_numpy())
 
-# %% ../../nbs/qdpo/36b_arms.ipynb #7d91040a
+# %% ../../nbs/qdpo/36b_arms.ipynb #dfe63a25
 @torch.no_grad()
 def handed_over(
     full,           # full-precision model
@@ -176,6 +181,8 @@ def handed_over(
 ) -> pd.DataFrame:  # a row per text, cache, weights and place: row, cache, weights, at, kl, flip
     "Cache of one, weights of the other, along one text: divergence from full precision with its own cache."
     _check_texts(prompts, texts)
+    if short := [i for i, t in enumerate(texts) if len(t) < 2]:
+        raise ValueError(f"texts of two tokens or more are needed, too short are numbers {short[:5]}")
     models, frames = dict(full=full, quantized=quantized), []
     for row, (prompt, text) in enumerate(zip(prompts, texts)):
         caches = {who: read_cache(m, [prompt])[0] for who, m in models.items()}

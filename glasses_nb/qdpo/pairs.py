@@ -252,7 +252,7 @@ def _appending(path):
 
         yield append
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #166e6384
+# %% ../../nbs/qdpo/35_pairs.ipynb #f3bf1c1a
 def _check_prompts(model, prompts, max_new_tokens):
     "Prompts and a length of answers that the model can serve."
     if model.training:
@@ -270,7 +270,7 @@ def _check_prompts(model, prompts, max_new_tokens):
 def greedy_answers(
     model,                  # causal LM of `transformers`, in evaluation mode
     prompts: list,          # lists of token ids
-    max_new_tokens: int = 48,
+    max_new_tokens: int = 48,  # of an answer
     batch_size: int = 32,   # prompts at once
     *,
     journal: str | Path | None = None,  # file that answers are kept in and read from; None: none
@@ -329,7 +329,7 @@ def cut_after_flip(
     end = first_flip(chosen, rejected) + window
     return chosen[:end], rejected[:end]
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #67fdb958
+# %% ../../nbs/qdpo/35_pairs.ipynb #f4109c0a
 @torch.no_grad()
 def score_pairs(
     full,                 # full-precision model
@@ -337,8 +337,8 @@ def score_pairs(
     prompts: list,        # token ids
     chosen: list,         # token ids
     rejected: list,       # token ids
-    keys: list | None = None,
-    batch_size: int = 8,
+    keys: list | None = None,  # names of the pairs, such as prompt and turn
+    batch_size: int = 8,       # pairs at once
     *,
     progress: bool = False,  # show a bar; never when IN_TEST is set
 ) -> list:                # of `Pair`
