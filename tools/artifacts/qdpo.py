@@ -1,12 +1,13 @@
 """The long runs behind the pages on QDPO: `make artifacts PAPER=qdpo`.
 
-Five stages, each of which goes on where it was stopped; `.venv/bin/python tools/artifacts/qdpo.py STAGE` runs one:
+Six stages, each of which goes on where it was stopped; `.venv/bin/python tools/artifacts/qdpo.py STAGE` runs one:
 
 answers   what full precision says to all prompts, over two turns, and what each quantised model says to those of training
 sweep     learning rates at four bits (round to nearest), judged on the validation prompts, one seed
 main      every method at its rate, one epoch, judged on the test prompts; three seeds of most
-others    other quantisers at four, three and two bits: distillation alone and with QDPO, at the rates of the sweep, one seed
-longer    three methods for four epochs, one seed
+others    other quantisers at four, three and two bits, then QDPO, and distillation, at the rates of the sweep, one seed
+effort    what else QDPO can be given, judged on the validation prompts: other betas, more epochs, second turns, corrections of low rank
+longer    QDPO, distillation and supervised tuning for four epochs, judged on the test prompts, one seed
 
 A run is one JSON file under `_build/artifacts/qdpo/runs`. `--workers 2` does two at a time, each on one thread.
 Training computes in bfloat16 where a weight is multiplied, everything that is reported in float32.
@@ -19,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import argparse
+import copy
 import hashlib
 import json
 import platform
@@ -29,13 +31,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 
 from glasses_nb.hub import load_lm
 from glasses_nb.qdpo.diagnosis import neutral_texts, perplexity, teacher_forced
 from glasses_nb.qdpo.packing import load_quantized, save_quantized
 from glasses_nb.qdpo.pairs import Pair, chat_ids, greedy_answers, keep_pairs, load_prompts, score_pairs
-from glasses_nb.qdpo.qdpo import Objective, align, length_beta
-from glasses_nb.qdpo.quantizers import codes_changed, model_codes, quantize
+from glasses_nb.qdpo.qdpo import Objective, add_lora, align, length_beta
+from glasses_nb.qdpo.quantizers import QuantLinear, Scheme, codes_changed, model_codes, quantize, quantized_layers, replace_linears
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "_build" / "artifacts" / "qdpo"
@@ -49,19 +52,25 @@ METHODS = {  # name -> objectives of the phases, each on its share of the pairs;
     "QDPO + KL": [dict(dpo=1, kl=1, beta=1)],
     "QDPO, full reference": [dict(dpo=1, beta=1, reference="full")],
     "distillation, then QDPO": [dict(dpo=0, kl=1), dict(dpo=1, beta=1)],
+    "QDPO, beta / 4": [dict(dpo=1, beta=0.25)],
+    "QDPO, beta x 4": [dict(dpo=1, beta=4)],
 }
-RATES = {
-    "distillation": [5e-5, 1e-4, 2e-4],
-    "QDPO": [3e-6, 1e-5, 3e-5],
-    "supervised": [1e-5, 3e-5, 1e-4],
-    "QDPO + KL": [5e-5, 1e-4, 2e-4],
+RATES = {  # five of each, so far apart that the best is not at an edge
+    "distillation": [1e-5, 2e-5, 5e-5, 1e-4, 2e-4],
+    "QDPO": [1e-6, 3e-6, 1e-5, 3e-5, 1e-4],
+    "supervised": [1e-5, 3e-5, 1e-4, 2e-4, 5e-4],
+    "QDPO + KL": [1e-5, 2e-5, 5e-5, 1e-4, 2e-4],
 }
 ONCE = ["QDPO, full reference"]  # one seed
 OTHERS = [
-    "rtn-w4g64", "gptq-w4g64", "awq-w4g64", "hqq-w4g64", "rtn-w3g64", "gptq-w3g64", "awq-w3g64", "additive-3x8g8",
-    "rtn-w2g64", "gptq-w2g64", "additive-2x8g8",
+    "rtn-w4g64", "hqq-w4g64", "gptq-w4g64", "awq-w4g64", "additive-4x8g8",
+    "rtn-w3g64", "gptq-w3g64", "awq-w3g64", "additive-3x8g8",
+    "rtn-w2g64", "gptq-w2g64", "awq-w2g64", "additive-2x8g8",
 ]  # fmt: skip
-TRAINED = ["gptq-w4g64", "additive-2x8g8", "awq-w4g64", "gptq-w3g64"]
+TRAINED = {
+    "QDPO": ["gptq-w4g64", "additive-2x8g8", "gptq-w3g64", "awq-w4g64", "additive-3x8g8", "awq-w3g64", "gptq-w2g64", "additive-4x8g8"],
+    "distillation": ["gptq-w4g64", "additive-2x8g8", "gptq-w3g64"],
+}
 _kept = {}
 
 
@@ -95,19 +104,41 @@ def calibration():
     return [list(p) + list(a) for p, a in zip(rows.prompt, rows.answer)]
 
 
+def write_whole(path, write):
+    "A file that is there whole or not at all; if two make it, the later one stays."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    write(draft)
+    os.replace(draft, path)
+
+
 def fresh(scheme):
-    "A newly quantised model. What takes minutes is made once and read from its folder afterwards."
-    if scheme.startswith("rtn"):
+    "A newly quantised model. What takes long is made once; weights are kept as they were before rounding, where training begins."
+    if scheme.startswith(("rtn", "hqq")):
         return quantize(full()[0], scheme)
-    folder = WORK / "models" / scheme
-    if not folder.exists():
-        made = quantize(full()[0], scheme, None if scheme.startswith("hqq") else calibration())
-        try:
-            save_quantized(made, folder)
-        except (OSError, ValueError):  # another worker was faster
-            if not folder.exists():
-                raise
-    return load_quantized(folder).model
+    if scheme.startswith("additive"):
+        folder = WORK / "models" / scheme
+        if not folder.exists():
+            try:
+                save_quantized(quantize(full()[0], scheme, calibration()), folder)
+            except (OSError, ValueError):  # another worker was faster
+                if not folder.exists():
+                    raise
+        return load_quantized(folder).model
+    path = WORK / "models" / f"{scheme}.safetensors"
+    if not path.exists():
+        layers = quantized_layers(quantize(full()[0], scheme, calibration()))
+        tensors = {f"{n}.{k}": t.contiguous() for n, m in layers.items() for k, t in m.state_dict().items()}
+        write_whole(path, lambda draft: save_file(tensors, draft))
+    tensors, bits = load_file(path), Scheme.parse(scheme).bits
+
+    def make(name, linear):
+        weight, scale, zero, channel = (tensors.get(f"{name}.{k}") for k in ("weight", "scale", "zero", "channel"))
+        return QuantLinear(weight, scale, zero, bits, linear.bias, channel)
+
+    model = replace_linears(copy.deepcopy(full()[0]).requires_grad_(False), make).eval()
+    model.scheme = Scheme.parse(scheme)
+    return model
 
 
 def kept(name, make):
@@ -116,10 +147,8 @@ def kept(name, make):
         return _kept[name]
     path = WORK / f"{name}.json"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        make().to_json(draft, orient="records", lines=True)
-        os.replace(draft, path)
+        frame = make()
+        write_whole(path, lambda draft: frame.to_json(draft, orient="records", lines=True))
     _kept[name] = pd.read_json(path, orient="records", lines=True)
     return _kept[name]
 
@@ -143,11 +172,11 @@ def answers():
     return kept("answers", make)
 
 
-def pairs_of(scheme, model=None, n=0, of=1):
+def pairs_of(scheme, model=None, n=0, of=1, turn=1):
     "Pairs of the training prompts' first turns, every `of`-th of them from `n`; `model` makes its own rejected answers."
     def make():
         rows = answers()
-        rows = rows[(rows.split == "train") & (rows.turn == 1)]
+        rows = rows[(rows.split == "train") & (rows.turn == turn)]
         rows = rows if model is None else rows.iloc[n::of]
         q = fresh(scheme) if model is None else model
         said = greedy_answers(q, rows.prompt.tolist(), TOKENS)
@@ -155,7 +184,7 @@ def pairs_of(scheme, model=None, n=0, of=1):
         return pd.DataFrame([dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected, full=p.full,
                                   quantized=p.quantized, key=p.key) for p in made])
 
-    frame = kept(f"pairs-{scheme}", make) if model is None else make()
+    frame = kept(f"pairs-{scheme}" + ("-second" if turn == 2 else ""), make) if model is None else make()
     frame = frame.iloc[n::of] if model is None else frame
     return keep_pairs([Pair(**{**r, "full": tuple(r["full"]), "quantized": tuple(r["quantized"])})
                        for r in frame.to_dict("records")])
@@ -185,9 +214,9 @@ def measure(model, split):
     return table, (perplexity(model, neutral_texts(full()[1]), BATCH) if split == "test" else None)
 
 
-def job(scheme, method, lr, seed, epochs, split="test"):
-    "Everything that decides a run."
-    return dict(scheme=scheme, method=method, lr=lr, seed=seed, epochs=epochs, split=split, tokens=TOKENS, batch=BATCH)
+def job(scheme, method, lr, seed, epochs, split="test", **more):
+    "Everything that decides a run; `more`: turns=2 (pairs of both turns), lora=16 (a correction of that rank is trained instead)."
+    return dict(scheme=scheme, method=method, lr=lr, seed=seed, epochs=epochs, split=split, tokens=TOKENS, batch=BATCH, **more)
 
 
 def name_of(j):
@@ -206,9 +235,13 @@ def run(j):
     teacher, tokenizer, _ = full()
     model, began, losses, beta = fresh(j["scheme"]), time.time(), [], None
     before = model_codes(model)
+    if "lora" in j:
+        add_lora(model, j["lora"], seed=j["seed"])
     phases = METHODS.get(j["method"], [])
     for n, phase in enumerate(phases):
         pairs = pairs_of(j["scheme"], model if n else None, n, len(phases))
+        if j.get("turns") == 2:
+            pairs = pairs + pairs_of(j["scheme"], turn=2)
         beta = length_beta(pairs) * phase.get("beta", 1)
         history = align(
             model, pairs, Objective(**{**phase, "beta": beta}), full=teacher, lr=j["lr"][n], batch_size=BATCH,
@@ -217,17 +250,14 @@ def run(j):
     seconds = time.time() - began
     table, ppl = measure(model, j["split"])
     found = dict(job=j, name=name_of(j), seconds=round(seconds, 1), beta=beta, pairs=len(pairs) if phases else 0, losses=losses,
-                 codes_changed=codes_changed(before, model_codes(model)) if phases else None, perplexity=ppl,
+                 codes_changed=codes_changed(before, model_codes(model)) if phases and "lora" not in j else None, perplexity=ppl,
                  table=table.to_dict("records"))  # fmt: skip
     if j["split"] == "test" and j["seed"] == 0 and j["scheme"] == "rtn-w4g64":
         rows = answers()
         rows = rows[(rows.split == "test") & (rows.turn == 1)]
         said = greedy_answers(model, rows.prompt.tolist(), TOKENS)
         found["said"] = [dict(id=i, answer=a, text=tokenizer.decode(a, skip_special_tokens=True)) for i, a in zip(rows.id, said)]
-    draft = path.with_suffix(".part")
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(json.dumps(found), encoding="utf-8")
-    draft.rename(path)
+    write_whole(path, lambda draft: draft.write_text(json.dumps(found), encoding="utf-8"))
     print(told(found), flush=True)
     return found
 
@@ -274,30 +304,40 @@ def best_rates():
 
 
 def rates_of(method, best):
-    "A rate per phase; QDPO with the other reference has QDPO's."
-    return [best["distillation"], best["QDPO"]] if "then" in method else [best[method.replace(", full reference", "")]]
+    "A rate per phase; variants of QDPO have QDPO's."
+    return [best["distillation"], best["QDPO"]] if "then" in method else [best[method.split(",")[0]]]
 
 
 def main_runs(workers):
-    "Every method at its rate, one epoch; three seeds of five, one of the others."
-    best = best_rates()
+    "Every method at its rate, one epoch; three seeds of five, one of the other."
+    best, methods = best_rates(), [m for m in METHODS if "beta" not in m]
     print("rates:", best, flush=True)
     jobs = [job("rtn-w4g64", "untouched", [], 0, 0)]
-    jobs += [job("rtn-w4g64", m, rates_of(m, best), s, 1) for s in SEEDS for m in METHODS if s == 0 or m not in ONCE]
+    jobs += [job("rtn-w4g64", m, rates_of(m, best), s, 1) for s in SEEDS for m in methods if s == 0 or m not in ONCE]
     write("main", run_all(jobs, workers))
+
+
+def effort(workers):
+    "What else QDPO can be given: other betas, four epochs, second turns, low rank; beside one epoch of it, on the validation prompts."
+    best, w4 = best_rates(), "rtn-w4g64"
+    jobs = [job(w4, "untouched", [], 0, 0, "valid"), job(w4, "QDPO", rates_of("QDPO", best), SEED_OF_SWEEP, 1, "valid")]
+    jobs += [job(w4, m, rates_of(m, best), SEED_OF_SWEEP, 1, "valid") for m in ("QDPO, beta / 4", "QDPO, beta x 4")]
+    jobs += [job(w4, "QDPO", rates_of("QDPO", best), SEED_OF_SWEEP, 1, "valid", turns=2)]
+    jobs += [job(w4, "QDPO", rates_of("QDPO", best), SEED_OF_SWEEP, 4, "valid")]
+    jobs += [job(w4, m, [lr], SEED_OF_SWEEP, 1, "valid", lora=16) for m in ("QDPO", "distillation") for lr in (1e-4, 3e-4, 1e-3)]
+    write("effort", run_all(jobs, workers))
 
 
 def longer(workers):
     "Four times as long, one seed."
     best = best_rates()
-    write("longer", run_all([job("rtn-w4g64", m, rates_of(m, best), 0, 4) for m in ("QDPO + KL", "QDPO", "distillation")], workers))
+    write("longer", run_all([job("rtn-w4g64", m, rates_of(m, best), 0, 4) for m in ("QDPO", "distillation", "supervised")], workers))
 
 
 def others(workers):
     "Other quantisers, one seed, one epoch."
     best, jobs = best_rates(), [job(scheme, "untouched", [], 0, 0) for scheme in OTHERS]
-    for m in ("distillation", "QDPO + KL"):
-        jobs += [job(scheme, m, rates_of(m, best), 0, 1) for scheme in TRAINED]
+    jobs += [job(scheme, m, rates_of(m, best), 0, 1) for m, schemes in TRAINED.items() for scheme in schemes]
     write("others", run_all(jobs, workers))
 
 
@@ -319,7 +359,10 @@ def log(name, found):
 
 def write(name, found):
     "Runs, prompts, pairs and log of a stage."
-    keys = lambda f: dict(scheme=f["job"]["scheme"], method=f["job"]["method"], seed=f["job"]["seed"])
+    def keys(f):
+        j = f["job"]
+        return dict(scheme=j["scheme"], method=j["method"], seed=j["seed"], epochs=j["epochs"], turns=j.get("turns", 1), lora=j.get("lora", 0))
+
     save(f"{name}_runs", pd.DataFrame([{
         **keys(f), "lr": "/".join(f"{x:g}" for x in f["job"]["lr"]), "beta": f["beta"], "pairs": f["pairs"],
         "steps": len(f["losses"]), "loss_first": (f["losses"] or [None])[0], "loss_last": (f["losses"] or [None])[-1],
@@ -347,7 +390,7 @@ def prepare(workers):
 
 def main():
     global WORK
-    stages = dict(answers=prepare, sweep=sweep, main=main_runs, others=others, longer=longer)
+    stages = dict(answers=prepare, sweep=sweep, main=main_runs, others=others, effort=effort, longer=longer)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="*", help=f"{', '.join(stages)}; none: all")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
