@@ -7,7 +7,7 @@ sweep     learning rates at four bits (round to nearest), judged on the validati
 main      every method at its rate, one epoch, judged on the test prompts; three seeds of most
 others    other quantisers at four, three and two bits, then QDPO, and distillation, at the rates of the sweep, one seed
 effort    what else QDPO can be given, judged on the validation prompts: other betas, more epochs, second turns, corrections of low rank
-longer    QDPO, distillation and supervised tuning for four epochs, judged on the test prompts, one seed
+longer    QDPO and distillation for four epochs, judged on the test prompts, one seed
 
 A run is one JSON file under `_build/artifacts/qdpo/runs`. `--workers 2` does two at a time, each on one thread.
 Training computes in bfloat16 where a weight is multiplied, everything that is reported in float32.
@@ -63,12 +63,12 @@ RATES = {  # five of each, so far apart that the best is not at an edge
 }
 ONCE = ["QDPO, full reference"]  # one seed
 OTHERS = [
-    "rtn-w4g64", "hqq-w4g64", "gptq-w4g64", "awq-w4g64", "additive-4x8g8",
+    "rtn-w4g64", "hqq-w4g64", "gptq-w4g64", "awq-w4g64",
     "rtn-w3g64", "gptq-w3g64", "awq-w3g64", "additive-3x8g8",
     "rtn-w2g64", "gptq-w2g64", "awq-w2g64", "additive-2x8g8",
 ]  # fmt: skip
 TRAINED = {
-    "QDPO": ["gptq-w4g64", "additive-2x8g8", "gptq-w3g64", "awq-w4g64", "additive-3x8g8", "awq-w3g64", "gptq-w2g64", "additive-4x8g8"],
+    "QDPO": ["gptq-w4g64", "additive-2x8g8", "gptq-w3g64", "awq-w4g64", "additive-3x8g8", "gptq-w2g64"],
     "distillation": ["gptq-w4g64", "additive-2x8g8", "gptq-w3g64"],
 }
 _kept = {}
@@ -324,14 +324,14 @@ def effort(workers):
     jobs += [job(w4, m, rates_of(m, best), SEED_OF_SWEEP, 1, "valid") for m in ("QDPO, beta / 4", "QDPO, beta x 4")]
     jobs += [job(w4, "QDPO", rates_of("QDPO", best), SEED_OF_SWEEP, 1, "valid", turns=2)]
     jobs += [job(w4, "QDPO", rates_of("QDPO", best), SEED_OF_SWEEP, 4, "valid")]
-    jobs += [job(w4, m, [lr], SEED_OF_SWEEP, 1, "valid", lora=16) for m in ("QDPO", "distillation") for lr in (1e-4, 3e-4, 1e-3)]
+    jobs += [job(w4, m, [lr], SEED_OF_SWEEP, 1, "valid", lora=16) for m, lr in (("QDPO", 1e-4), ("QDPO", 3e-4), ("distillation", 3e-4))]
     write("effort", run_all(jobs, workers))
 
 
 def longer(workers):
     "Four times as long, one seed."
     best = best_rates()
-    write("longer", run_all([job("rtn-w4g64", m, rates_of(m, best), 0, 4) for m in ("QDPO", "distillation", "supervised")], workers))
+    write("longer", run_all([job("rtn-w4g64", m, rates_of(m, best), 0, 4) for m in ("QDPO", "distillation")], workers))
 
 
 def others(workers):
