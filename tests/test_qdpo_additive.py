@@ -516,3 +516,12 @@ def test_weights_and_inputs_that_are_no_numbers():
             model.get_submodule(name).weight[NOTES[0][0], 0] = torch.nan
         with pytest.raises(ValueError, match="not finite"):
             quantize(model, "additive-2x5g4", NOTES)
+
+
+def test_codes_of_eight_bits_come_back_from_their_packed_form():
+    codes = torch.tensor([[[0, 255]]], dtype=torch.uint8)
+    layer = AdditiveLinear(codes, torch.randn(1, 256, 2, generator=torch.Generator().manual_seed(0)), torch.ones(1))
+    again = AdditiveLinear.from_packed(layer.packed(), 8)
+    assert torch.equal(again.quantized_weight(), layer.quantized_weight())
+    with pytest.raises(ValueError, match="whole numbers from 0 to 3, got torch.uint8 from 0 to 255"):
+        AdditiveLinear(codes, torch.randn(1, 4, 2), torch.ones(1))

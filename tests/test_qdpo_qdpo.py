@@ -175,6 +175,29 @@ def test_common_tokens_carry_no_signal(prefix, ends, prompt):
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=2e-5)
 
 
+def forbid(model, token):
+    "The same model, to which one token is impossible."
+    model = copy.deepcopy(model)
+    model.lm_head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([token]), -torch.inf))
+    return model
+
+
+@pytest.mark.parametrize("weights", [dict(), dict(dpo=0, sft=1), dict(dpo=0, kl=1), dict(dpo=0.5, sft=0.3, kl=0.2)])
+def test_a_token_that_is_impossible_spoils_no_padded_place(weights):
+    "Answers of unequal length are padded with token 0, whose logit is minus infinity here."
+    full, model, o = forbid(FULL, 0), forbid(MOVED, 0), Objective(beta=0.2, **weights)
+    rows = [p for p in PAIRS if 0 not in p.chosen + p.rejected][:4]
+    assert len(rows) == 4 and len({len(p.rejected) for p in rows}) > 1
+    rows = [replace(p, chosen=p.chosen[: 8 - i], full=(-1.0, -2.0), quantized=(-2.0, -1.0)) for i, p in enumerate(rows)]
+    for p in trained_parameters(model):
+        p.requires_grad_(True)
+    together = qdpo_losses(model, rows, o, full)
+    alone = torch.cat([qdpo_losses(model, [p], o, full) for p in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(together.sum(), trained_parameters(model))
+    assert torch.isfinite(together).all() and all(g.isfinite().all() for g in grads)
+
+
 def test_no_other_logits_are_asked_for():
     "Of the head's rows, only those of answers: prompts are not scored."
     asked, model = [], copy.deepcopy(START)

@@ -7,12 +7,12 @@ __all__ = ['additive_bits', 'codeword_sum', 'AdditiveLinear', 'damped_hessian', 
            'codes_in_turn', 'codes_ahead', 'better_codebooks', 'best_scale', 'fit_additive', 'additive_linear',
            'quantize_additive']
 
-# %% ../../nbs/qdpo/33_additive.ipynb #cd5b5f16
+# %% ../../nbs/qdpo/33_additive.ipynb #29ba4e82
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .calibrated import InputMoments, inverse_factor, layer_inputs, output_error
+from .calibrated import InputMoments, _layer_by_layer, inverse_factor, output_error
 from .quantizers import QuantizedLinear, Scheme, linear_names
 
 # %% ../../nbs/qdpo/33_additive.ipynb #59ca5d4c
@@ -45,7 +45,7 @@ def _check_state(codes, codebooks, scale):
     size = codebooks.shape[1]
     if size not in [2**b for b in range(1, 9)]:
         raise ValueError(f"a codebook must have 2, 4, 8, … 256 codewords, got {size}")
-    if codes.is_floating_point() or codes.min() < 0 or codes.max() >= size:
+    if codes.is_floating_point() or int(codes.min()) < 0 or int(codes.max()) >= size:
         raise ValueError(f"codes must be whole numbers from 0 to {size - 1}, got {codes.dtype} from {codes.min()} to {codes.max()}")
 
 # %% ../../nbs/qdpo/33_additive.ipynb #87a533cd
@@ -298,7 +298,7 @@ def fit_additive(
             break
     return (codes, codebooks, scale), errors
 
-# %% ../../nbs/qdpo/33_additive.ipynb #4934ffcd
+# %% ../../nbs/qdpo/33_additive.ipynb #0a4e7283
 def additive_linear(
     linear: nn.Linear,      # full precision
     moments: InputMoments,  # of its inputs
@@ -318,10 +318,4 @@ def quantize_additive(
     "Sums of codewords in every linear layer but the head, for the inputs that the quantised layers before it give."
     for name in linear_names(model):
         _check_fit(model.get_submodule(name).weight, None, scheme, name)
-    for inputs in layer_inputs(model, calibration):
-        for name, moments in inputs.items():
-            if not torch.isfinite(moments.second).all():
-                raise ValueError(f"the inputs of {name} are not finite on the calibration texts")
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, additive_linear(model.get_submodule(name), moments, scheme))
-    return model
+    return _layer_by_layer(model, scheme, calibration, additive_linear)

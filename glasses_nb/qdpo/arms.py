@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'read_cache', 'cache_gap', 'continued', 'run_arms', 'arm_scores', 'handed_over']
 
-# %% ../../nbs/qdpo/36b_arms.ipynb #a41fcc11
+# %% ../../nbs/qdpo/36b_arms.ipynb #3f869941
 import copy
 import itertools
 
@@ -14,7 +14,7 @@ import torch
 
 from ..preference import _padded
 from .calibrated import decoder_layers
-from .diagnosis import _check_texts, _kl, teacher_forced, token_f1
+from .diagnosis import _check_texts, _kl, _pick, token_f1
 from .pairs import first_flip, greedy_answers, stop_ids
 
 # %% ../../nbs/qdpo/36b_arms.ipynb #a47d09f9
@@ -34,7 +34,7 @@ def read_cache(
         use_cache=True, logits_to_keep=1).past_key_values
     return cache, real
 
-# %% ../../nbs/qdpo/36b_arms.ipynb #0c9981ca
+# %% ../../nbs/qdpo/36b_arms.ipynb #70145fd3
 def _attention_of(layer):
     "The attention of a decoder layer."
     for name, module in layer.named_children():
@@ -57,7 +57,7 @@ def _watched(model, text):
     heads = lambda x: x[0].transpose(0, 1).flatten(1).float()
     return [dict(key=heads(c.keys), value=heads(c.values), attention=a[0].float()) for c, a in zip(cache.layers, given)]
 
-
+# %% ../../nbs/qdpo/36b_arms.ipynb #0bb526fc
 @torch.no_grad()
 def cache_gap(
     full,           # full-precision model
@@ -154,22 +154,41 @@ def run_arms(
     frame = pd.DataFrame(rows, columns=["row", "arm", "flip", "prompt", "text", "greedy"])
     return frame.sort_values("row", kind="stable", ignore_index=True)
 
-# %% ../../nbs/qdpo/36b_arms.ipynb #250f29d3
+# %% ../../nbs/qdpo/36b_arms.ipynb #fcc79d91
+def _read_along(model, prompt, texts):
+    "log p (n, T, V) after each token of texts that follow one prompt; the prompt is read once."
+    cache, real = read_cache(model, [prompt])
+    cache.batch_repeat_interleave(len(texts))
+    ids, there = _padded(texts, False, 0)
+    mask = torch.cat([real.expand(len(texts), -1), there], 1).long()
+    device = model.get_input_embeddings().weight.device
+    logits = model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=(mask.cumsum(1) - 1)[:, len(prompt):].to(device),
+        past_key_values=cache, use_cache=True).logits
+    if logits[there].isnan().any():
+        raise ValueError("a model gives logits that are no numbers along an arm's text")
+    return logits.float().log_softmax(-1)
+
+# %% ../../nbs/qdpo/36b_arms.ipynb #e325479d
+@torch.no_grad()
 def arm_scores(
-    full,                 # full-precision model
-    quantized,            # the model to compare with it
-    arms: pd.DataFrame,   # of `run_arms`
-    batch_size: int = 8,  # texts at once
-) -> pd.DataFrame:        # a row per prompt and arm: row, arm, f1, prefix, logp, kl
+    full,                # full-precision model
+    quantized,           # the model to compare with it
+    arms: pd.DataFrame,  # of `run_arms`
+) -> pd.DataFrame:       # a row per prompt and arm: row, arm, f1, prefix, logp, kl
     "Each arm's continuation beside arm A's, and as full precision reads it."
     if not len(arms):
         raise ValueError("there are no arms to compare: no answers part early enough")
-    base = arms[arms.arm == "A"].set_index("row").text
-    tokens = teacher_forced(full, quantized, arms.prompt.tolist(), arms.text.tolist(), batch_size)
-    mean = tokens.groupby("row")[["logp_full", "kl"]].mean()
-    f1 = [token_f1(text, base[i]) for i, text in zip(arms.row, arms.text)]
-    prefix = [first_flip(text, base[i]) for i, text in zip(arms.row, arms.text)]
-    return arms[["row", "arm"]].assign(f1=f1, prefix=prefix, logp=mean.logp_full.to_numpy(), kl=mean.kl.to_numpy())
+    rows = []
+    for row, some in arms.groupby("row"):
+        base, before = some.text[some.arm == "A"].iloc[0], some.prompt.iloc[0][:-1]  # arms differ in the last token
+        texts = [[prompt[-1], *text[:-1]] for prompt, text in zip(some.prompt, some.text)]
+        p, q = (_read_along(m, before, texts) for m in (full, quantized))
+        for n, (arm, text) in enumerate(zip(some.arm, some.text)):
+            said, ours, theirs = torch.tensor(text, device=p.device), p[n, :len(text)], q[n, :len(text)]
+            rows.append(dict(row=row, arm=arm, f1=token_f1(text, base), prefix=first_flip(text, base),
+                             logp=_pick(ours, said).mean().item(), kl=_kl(ours, theirs).mean().item()))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/qdpo/36b_arms.ipynb #dfe63a25
 @torch.no_grad()

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputMoments', 'output_error', 'inverse_factor', 'gptq_weight', 'awq_channel', 'awq_search', 'shrink', 'hqq_zero',
-           'decoder_layers', 'layer_inputs', 'gptq_linear', 'awq_linear', 'hqq_linear', 'quantize_gptq', 'quantize_awq',
-           'quantize_hqq']
+           'decoder_layers', 'layer_inputs', 'gptq_linear', 'awq_linear', 'hqq_linear', 'quantize_calibrated']
 
 # %% ../../nbs/qdpo/32_calibrated.ipynb #0ee02bf5
 from dataclasses import dataclass
@@ -32,10 +31,10 @@ def output_error(
     "Squared error of a layer's output, tr(Δ H Δᵀ)."
     return ((change @ second.to(change.dtype)) * change).sum(dtype=torch.float64).item()
 
-# %% ../../nbs/qdpo/32_calibrated.ipynb #2f8258d6
+# %% ../../nbs/qdpo/32_calibrated.ipynb #22bd82da
 def inverse_factor(
     second: torch.Tensor,  # (in, in), H
-    damp: float = 0.01,    # added to the diagonal, as a share of its mean
+    damp: float = 0.1,     # added to the diagonal, as a share of its mean
 ) -> torch.Tensor:         # (in, in) float64, U: upper triangular, Uᵀ U the inverse of the damped H
     "Cholesky factor of the inverse of H; an input that was always zero stands alone."
     H = second.double().clone()
@@ -47,7 +46,7 @@ def inverse_factor(
     except torch.linalg.LinAlgError as error:
         raise ValueError(f"H is not positive definite with damp={damp}: raise damp, or give more texts") from error
 
-# %% ../../nbs/qdpo/32_calibrated.ipynb #30154304
+# %% ../../nbs/qdpo/32_calibrated.ipynb #59b2b00a
 @torch.no_grad()
 def gptq_weight(
     weight: torch.Tensor,   # (out, in)
@@ -55,7 +54,7 @@ def gptq_weight(
     bits: int,              # 2 to 8
     group: int,             # divides `in`
     zero: str = "integer",  # as in `weight_grid`
-    damp: float = 0.01,     # as in `inverse_factor`
+    damp: float = 0.1,      # as in `inverse_factor`
 ) -> tuple:                 # weight to round (out, in), scale and zero point (out, in / group)
     "Column by column: what is still to come makes up for each rounding error."
     U = inverse_factor(second, damp).float()
@@ -303,29 +302,13 @@ def hqq_linear(
     scale, zero = weight_grid(linear.weight, scheme.bits, scheme.group, scheme.zero)
     return QuantLinear(linear.weight, scale, hqq_zero(linear.weight, scale, zero, scheme.bits), scheme.bits, linear.bias)
 
-# %% ../../nbs/qdpo/32_calibrated.ipynb #eb01cafe
-def quantize_gptq(
+# %% ../../nbs/qdpo/32_calibrated.ipynb #0d52cacb
+def quantize_calibrated(
     model: nn.Module,   # changed in place
-    scheme,             # a `Scheme`
-    calibration: list,  # lists of token ids
+    scheme,             # a `Scheme` of gptq, awq or hqq
+    calibration: list | None = None,  # lists of token ids; hqq needs none
 ) -> nn.Module:         # the same model
-    "GPTQ in every linear layer but the head."
-    return _layer_by_layer(model, scheme, calibration, gptq_linear)
-
-
-def quantize_awq(
-    model: nn.Module,   # changed in place
-    scheme,             # a `Scheme`
-    calibration: list,  # lists of token ids
-) -> nn.Module:         # the same model
-    "AWQ in every linear layer but the head."
-    return _layer_by_layer(model, scheme, calibration, awq_linear)
-
-
-def quantize_hqq(
-    model: nn.Module,   # changed in place
-    scheme,             # a `Scheme`
-    calibration: list | None = None,  # not used
-) -> nn.Module:         # the same model
-    "HQQ in every linear layer but the head."
-    return replace_linears(model, lambda name, linear: hqq_linear(linear, scheme))
+    "GPTQ, AWQ or HQQ in every linear layer but the head."
+    if scheme.method == "hqq":
+        return replace_linears(model, lambda name, linear: hqq_linear(linear, scheme))
+    return _layer_by_layer(model, scheme, calibration, gptq_linear if scheme.method == "gptq" else awq_linear)

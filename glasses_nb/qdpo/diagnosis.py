@@ -26,7 +26,7 @@ from .pairs import chat_ids, greedy_answers, stop_ids
 from .quantizers import linear_names
 from ..seeds import interval
 
-# %% ../../nbs/qdpo/36_diagnosis.ipynb #6c4b6a7f
+# %% ../../nbs/qdpo/36_diagnosis.ipynb #bf8ea413
 def _check_texts(prompts, answers):
     "One prompt or more, and an answer for each."
     if len(prompts) != len(answers) or not len(prompts):
@@ -43,7 +43,7 @@ def _log_probabilities(model, prompts, answers, which, start=0):
         raise ValueError(f"the {which} model gives logits that are no numbers, first at token {place} of answer {row + start}")
     return logps, tokens, real
 
-# %% ../../nbs/qdpo/36_diagnosis.ipynb #4ff1f1dc
+
 def _kl(p, q):
     "KL(p ‖ q) in nats along the last axis, from log-probabilities. What p excludes adds nothing."
     return (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0).sum(-1)
@@ -53,7 +53,7 @@ def _pick(x, index):
     "The entry of the last axis that an index names."
     return x.gather(-1, index[..., None])[..., 0]
 
-
+# %% ../../nbs/qdpo/36_diagnosis.ipynb #c8bf86ed
 def _plain_columns(p, q, tokens):
     "Of each token: does the top change, how far are the models apart, how sure was full precision?"
     top = p.topk(2, -1).values.exp()
@@ -61,7 +61,7 @@ def _plain_columns(p, q, tokens):
         flip=q.argmax(-1) != p.argmax(-1), kl=_kl(p, q), margin=top[..., 0] - top[..., 1],
         logp_full=_pick(p, tokens), logp_quantized=_pick(q, tokens))
 
-# %% ../../nbs/qdpo/36_diagnosis.ipynb #f3a0cc8e
+
 def _rival_columns(p, q, rivals):
     "Reverse KL, leaders in common, and distances of the rivals, nats."
     first, (value, index) = p.argmax(-1), p.topk(rivals + 1, -1)

@@ -108,11 +108,11 @@ def load_prompts(
         raise ValueError(f"{path.name} holds {len(rows)} prompts, 1 to {_MOST['prompts']} are needed")
     return pd.DataFrame(rows, columns=["id", "kind", "split", "turns"])
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #f0d09bec
+# %% ../../nbs/qdpo/35_pairs.ipynb #5b71961e
 def published_prompts(
     subset: str | None = None,  # vicuna (80 questions), selfinstruct, oasst, koala or helpful_base; None: all 805
 ) -> pd.DataFrame:              # as `load_prompts` gives them, split "test"
-    "AlpacaEval's instructions, Vicuna-Eval's among them, from a package that carries them; their licence is CC BY-NC 4.0."
+    "AlpacaEval's instructions, Vicuna-Eval's among them, from a package that carries them; AlpacaEval's licence is CC BY-NC 4.0."
     spec = importlib.util.find_spec("eval_framework")
     name = "tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json"
     path = Path(spec.origin).parent / name if spec and spec.origin else None

@@ -6,7 +6,7 @@
 __all__ = ['Objective', 'length_beta', 'qdpo_losses', 'check_reference', 'LoRA', 'add_lora', 'trained_parameters', 'lora_bits',
            'align', 'PairWatch', 'trl_trainer']
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #9a9efad3
+# %% ../../nbs/qdpo/37_qdpo.ipynb #2a0d8a79
 import math
 import statistics
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..hub import require
-from ..preference import answer_logits, dpo_loss, fork_logits, pair_logps, token_logps
+from ..preference import _summed, answer_logits, dpo_loss, fork_logits, pair_logps
+from .diagnosis import _kl
 from .quantizers import QuantLinear, codes_changed, model_codes, quantized_layers
 from ..train import BatchOrder, stream_seed, train
 
@@ -63,7 +64,7 @@ def length_beta(
         raise ValueError(f"the median of A + B is {middle:.4g}, and must be above 0: use keep_pairs(pairs)")
     return 1 / middle
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #5a420ba0
+# %% ../../nbs/qdpo/37_qdpo.ipynb #70916e7d
 class _Reached:
     "A model wrapped for several processes, with the attributes of the model inside."
 
@@ -86,10 +87,10 @@ def _forward_kl(full, prompts, answers, logits, real):
     "(B,) KL(full ‖ quantised) per token of the answers."
     with torch.no_grad():
         p = answer_logits(full, prompts, answers)[0].float().log_softmax(-1)
-    kl = (p.exp() * (p - logits.float().log_softmax(-1))).sum(-1)
-    return (kl * real).sum(1) / real.sum(1)
+    kl = _kl(p, logits.float().log_softmax(-1)).masked_fill(~real, 0.0)  # what stands in a padded place may be infinite
+    return kl.sum(1) / real.sum(1)
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #cd4db32b
+# %% ../../nbs/qdpo/37_qdpo.ipynb #97a64b1c
 def qdpo_losses(
     model,                  # the quantised model
     rows: list,             # of `Pair`
@@ -102,7 +103,7 @@ def qdpo_losses(
         raise ValueError(f"kl={o.kl} compares with the full-precision model: give full=")
     prompts, chosen, rejected = ([getattr(p, n) for p in rows] for n in ("prompt", "chosen", "rejected"))
     sides = fork_logits(model, prompts, chosen, rejected) if o.dpo else [answer_logits(model, prompts, chosen)]
-    logps = [(token_logps(logits, tokens) * real).sum(1) for logits, tokens, real in sides]
+    logps = [_summed(*side) for side in sides]
     logits, _, real = sides[0]
     loss = torch.zeros(len(rows), device=logits.device)
     if o.dpo:
@@ -170,7 +171,7 @@ class LoRA(nn.Module):
         with torch.no_grad():
             return self.base.quantized_weight() + self.scale * self.b @ self.a
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #eefcd075
+# %% ../../nbs/qdpo/37_qdpo.ipynb #408d4465
 def add_lora(
     model,                # made by `quantize`; changed in place
     rank: int = 16,       # of each correction
@@ -189,7 +190,7 @@ def add_lora(
         setattr(model.get_submodule(parent), leaf, LoRA(layer, rank, scale, stream_seed(seed, i)))
     return model
 
-
+# %% ../../nbs/qdpo/37_qdpo.ipynb #4940219f
 def trained_parameters(
     model,    # made by `quantize`, with or without `add_lora`
 ) -> list:    # what `align` trains: the corrections if there are any, otherwise latent weights, codebooks and scales
@@ -199,7 +200,7 @@ def trained_parameters(
         return [p for m in loras for p in (m.a, m.b)]
     return [p for m in quantized_layers(model).values() for n, p in m.named_parameters() if n != "bias"]
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #285d683d
+
 def lora_bits(
     model,      # with corrections
 ) -> float:     # to be added to `Scheme.effective_bits`
@@ -209,7 +210,7 @@ def lora_bits(
         raise ValueError(f"{type(model).__name__} has no corrections: use add_lora(model) first")
     return 16 * sum(m.a.numel() + m.b.numel() for m in loras) / sum(m.b.shape[0] * m.a.shape[1] for m in loras)
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #d5b30927
+# %% ../../nbs/qdpo/37_qdpo.ipynb #6e9888cd
 def _check_task(model, pairs, objective, full, batch_size, epochs, lr, warmup):
     "The number of steps, or an error that says what is in the way."
     if not trained_parameters(model):
@@ -230,7 +231,7 @@ def _check_task(model, pairs, objective, full, batch_size, epochs, lr, warmup):
         _scores(pairs)
     return epochs * (len(pairs) // batch_size)
 
-# %% ../../nbs/qdpo/37_qdpo.ipynb #36bf8f06
+
 def _optimizer(model, lr, steps, warmup):
     "AdamW over what is trained, and its schedule: up over the warm-up, then down to nothing."
     trained = trained_parameters(model.requires_grad_(False))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/qdpo/31_quantizers.ipynb #a848a294
+# %% ../../nbs/qdpo/31_quantizers.ipynb #9495318f
 @dataclass(frozen=True)
 class Scheme:
     "How the weights of a model are stored."
@@ -39,7 +39,7 @@ class Scheme:
 
     @property
     def effective_bits(self) -> float:
-        "Bits per weight with 16 bits for each scale and each zero; of additive schemes the codes alone."
+        "Bits per weight, scales and zeros of 16 bits counted; additive: a lower bound, codes without codebooks and row scales."
         return self.bits * self.books / self.group if self.method == "additive" else self.bits + 32 / self.group
 
     @classmethod
@@ -378,7 +378,7 @@ def _check_layers(model, scheme):
         if not torch.isfinite(w).all():
             raise ValueError(f"{name} has {int((~torch.isfinite(w)).sum())} weights that are not finite")
 
-# %% ../../nbs/qdpo/31_quantizers.ipynb #4c28d80e
+# %% ../../nbs/qdpo/31_quantizers.ipynb #731b1193
 def quantize_rtn(
     model: nn.Module,     # changed in place
     scheme: Scheme,       # bits, group and zero
@@ -404,7 +404,7 @@ def quantize(
     work = quantize_rtn
     if scheme.method != "rtn":
         module = importlib.import_module(f"glasses_nb.qdpo.{_METHODS[scheme.method]}")
-        work = getattr(module, f"quantize_{scheme.method}")
+        work = getattr(module, f"quantize_{_METHODS[scheme.method]}")
     model = work(copy.deepcopy(model).eval().requires_grad_(False), scheme, calibration)
     model.scheme = scheme
     return model.eval()

@@ -5,9 +5,9 @@ Six stages, each of which goes on where it was stopped; `.venv/bin/python tools/
 answers   what full precision says to all prompts, over two turns, and what each quantised model says to those of training
 sweep     learning rates at four bits (round to nearest), judged on the validation prompts, one seed
 main      every method at its rate, one epoch, judged on the test prompts; three seeds of most
+judge     the test prompts' first answers of seed 0 against those of the untouched model, by their likelihood in full precision
 others    other quantisers at four, three and two bits, then QDPO, and distillation, at the rates of the sweep, one seed
 effort    what else QDPO can be given, judged on the validation prompts: other betas, more epochs, second turns, corrections of low rank
-longer    QDPO and distillation for four epochs, judged on the test prompts, one seed
 
 A run is one JSON file under `_build/artifacts/qdpo/runs`. `--workers 2` does two at a time, each on one thread.
 Training computes in bfloat16 where a weight is multiplied, everything that is reported in float32.
@@ -34,7 +34,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glasses_nb.hub import load_lm
+from glasses_nb.qdpo.conversation import forked_answers
 from glasses_nb.qdpo.diagnosis import neutral_texts, perplexity, teacher_forced
+from glasses_nb.qdpo.judges import logp_outcomes, mean_logps, noise_margin, outcome_table
 from glasses_nb.qdpo.packing import load_quantized, save_quantized
 from glasses_nb.qdpo.pairs import Pair, chat_ids, greedy_answers, keep_pairs, load_prompts, score_pairs
 from glasses_nb.qdpo.qdpo import Objective, add_lora, align, length_beta
@@ -68,8 +70,8 @@ OTHERS = [
     "rtn-w2g64", "gptq-w2g64", "awq-w2g64", "additive-2x8g8",
 ]  # fmt: skip
 TRAINED = {
-    "QDPO": ["gptq-w4g64", "additive-2x8g8", "gptq-w3g64", "awq-w4g64", "additive-3x8g8", "gptq-w2g64"],
-    "distillation": ["gptq-w4g64", "additive-2x8g8", "gptq-w3g64"],
+    "QDPO": ["gptq-w4g64", "gptq-w3g64", "awq-w4g64", "additive-2x8g8"],
+    "distillation": ["gptq-w4g64", "additive-2x8g8"],
 }
 _kept = {}
 
@@ -317,6 +319,27 @@ def main_runs(workers):
     write("main", run_all(jobs, workers))
 
 
+def judge(workers):
+    "Who answers more as full precision would; ties are what its own second choices differ by."
+    model, best = full()[0], best_rates()
+    rows = answers()
+    rows = rows[(rows.split == "test") & (rows.turn == 1)]
+    asked = rows.prompt.tolist()
+    runs = {"untouched": run(job("rtn-w4g64", "untouched", [], 0, 0))}
+    runs |= {m: run(job("rtn-w4g64", m, rates_of(m, best), 0, 1)) for m in METHODS if "beta" not in m}
+    said = {m: pd.DataFrame(f["said"]).set_index("id").answer.loc[rows.id].tolist() for m, f in runs.items()}
+    ways = {"full": rows.answer.tolist(), "other": forked_answers(model, asked, TOKENS), **said}
+    common = [min(map(len, some)) for some in zip(*ways.values())]
+    scores = {name: mean_logps(model, asked, some, common, BATCH) for name, some in ways.items()}
+    margin = noise_margin(scores["other"] - scores["full"])
+    frames = {m: logp_outcomes(scores[m], scores["untouched"], margin).assign(prompt=rows.id.tolist()) for m in said if m != "untouched"}
+    table = outcome_table(frames).drop(columns=["first", "wins_low", "wins_high"]).rename_axis("method").reset_index()
+    same = [sum(a == b for a, b in zip(said[m], said["untouched"])) for m in table.method]
+    nearer = [float((scores[m] - scores["untouched"]).mean()) for m in table.method]
+    save("main_judged", table.assign(margin=margin, same=same, difference=nearer))
+    print(table.to_string(), flush=True)
+
+
 def effort(workers):
     "What else QDPO can be given: other betas, four epochs, second turns, low rank; beside one epoch of it, on the validation prompts."
     best, w4 = best_rates(), "rtn-w4g64"
@@ -324,14 +347,8 @@ def effort(workers):
     jobs += [job(w4, m, rates_of(m, best), SEED_OF_SWEEP, 1, "valid") for m in ("QDPO, beta / 4", "QDPO, beta x 4")]
     jobs += [job(w4, "QDPO", rates_of("QDPO", best), SEED_OF_SWEEP, 1, "valid", turns=2)]
     jobs += [job(w4, "QDPO", rates_of("QDPO", best), SEED_OF_SWEEP, 4, "valid")]
-    jobs += [job(w4, m, [lr], SEED_OF_SWEEP, 1, "valid", lora=16) for m, lr in (("QDPO", 1e-4), ("QDPO", 3e-4), ("distillation", 3e-4))]
+    jobs += [job(w4, "QDPO", [3e-4], SEED_OF_SWEEP, 1, "valid", lora=16)]
     write("effort", run_all(jobs, workers))
-
-
-def longer(workers):
-    "Four times as long, one seed."
-    best = best_rates()
-    write("longer", run_all([job("rtn-w4g64", m, rates_of(m, best), 0, 4) for m in ("QDPO", "distillation")], workers))
 
 
 def others(workers):
@@ -370,8 +387,8 @@ def write(name, found):
     save(f"{name}_prompts", pd.DataFrame([{**keys(f), "lr": "/".join(f"{x:g}" for x in f["job"]["lr"]), **r} for f in found for r in f["table"]]))
     save(f"{name}_pairs", pd.DataFrame([pair_table(s) for s in dict.fromkeys(f["job"]["scheme"] for f in found)
                                         if (WORK / f"pairs-{s}.json").exists()]))
-    spoken = [dict(method=f["job"]["method"], **s) for f in found for s in f.get("said", [])]
-    if spoken:
+    if name == "main":
+        spoken = [dict(method=f["job"]["method"], **s) for f in found for s in f.get("said", [])]
         frame = answers()
         ours = frame[(frame.split == "test") & (frame.turn == 1)]
         tokenizer = full()[1]
@@ -390,7 +407,7 @@ def prepare(workers):
 
 def main():
     global WORK
-    stages = dict(answers=prepare, sweep=sweep, main=main_runs, others=others, effort=effort, longer=longer)
+    stages = dict(answers=prepare, sweep=sweep, main=main_runs, judge=judge, others=others, effort=effort)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="*", help=f"{', '.join(stages)}; none: all")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
