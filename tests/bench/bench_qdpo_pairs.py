@@ -101,11 +101,12 @@ def main():
     parser.add_argument("names", nargs="*", help=", ".join(measures))
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
     asked_for = parser.parse_args()
     names = asked_for.names or list(measures)
     if unknown := set(names) - set(measures):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    torch.set_num_threads(2)
+    torch.set_num_threads(asked_for.threads)
     path = HERE / "qdpo_pairs.csv"
     kept = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame(columns=["name"])
     parts = [kept[~kept["name"].isin(names)]]
