@@ -103,7 +103,7 @@ def apart(*told):
 # ---- measurements ----
 
 
-def training(rounds=2, steps=3, tokens=48, count=8):
+def training(rounds=2, steps=2, tokens=48, count=8):
     "A training step of `align` and of TRL, by turns."
     found = {"align": [], "TRL": []}
     with tempfile.TemporaryDirectory() as folder:
