@@ -44,8 +44,8 @@ def asked(count):
     return lm.model, [chat_ids(lm.tokenizer, [dict(role="user", content=t[0])]) for t in some.turns]
 
 
-def generation(prompts, tokens, rounds=3):
-    "Greedy answers in batches of 32 against one at a time; both in turn, the median of three rounds."
+def generation(prompts, tokens, rounds=2):
+    "Greedy answers in batches of 32 against one at a time; both in turn, the median of two rounds."
     model, ids = asked(prompts)
     greedy_answers(model, ids[:2], 2)  # warm up
     batched, alone = [], []
