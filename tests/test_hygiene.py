@@ -376,3 +376,11 @@ def test_top_level_of_the_repository():
         ".gitignore",
     }
     assert {p.relative_to(ROOT).parts[0] for p in tracked_files()} <= known
+
+
+def test_links_of_the_readme_lead_somewhere():
+    "Those without a scheme, from the repository's root."
+    prose = re.sub(r"(?ms)^```.*?^```", "", (ROOT / "README.md").read_text(encoding="utf-8"))
+    found = re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)", prose)
+    assert len(found) > 5
+    assert not [link for link in found if not (ROOT / link).exists()]

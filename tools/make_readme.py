@@ -18,11 +18,16 @@ from nbdev.config import get_config  # noqa: E402
 NOTE = "<!-- Made from nbs/index.ipynb by tools/make_readme.py: edit there. -->"
 
 
+def from_root(source):
+    "Links are relative to nbs/ in the notebook, to the repository in README."
+    return re.sub(r"(\]\()(?![a-z]+:|#|/)([^)\s]+\))", r"\1nbs/\2", source).replace("(nbs/../", "(")
+
+
 def show_output(output, alt, pictures):
     "One stored output as Markdown; pictures are collected by name."
     data = output.get("data", {})
     if "text/markdown" in data:
-        return text(data["text/markdown"]).strip()
+        return from_root(text(data["text/markdown"]).strip())
     if "image/png" in data:
         name = f"readme-{len(pictures) + 1}.png"
         pictures[name] = base64.b64decode(text(data["image/png"]))
@@ -45,9 +50,7 @@ def readme(cfg):
             if front.get("description"):
                 out.append(f"> {front['description']}")
         elif cell.cell_type == "markdown":
-            # links are relative to nbs/ there, to the repository here
-            source = re.sub(r"(\]\()(?![a-z]+:|#|/)([^)\s]+\))", r"\1nbs/\2", source)
-            out.append(source.replace("(nbs/../", "("))
+            out.append(from_root(source))
         else:
             options, code = split_options(source)
             off = {k for k, v in options.items() if str(v).lower() == "false"}
