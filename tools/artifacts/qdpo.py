@@ -69,10 +69,7 @@ OTHERS = [
     "rtn-w3g64", "gptq-w3g64", "awq-w3g64", "additive-3x8g8",
     "rtn-w2g64", "gptq-w2g64", "awq-w2g64", "additive-2x8g8",
 ]  # fmt: skip
-TRAINED = {
-    "QDPO": ["gptq-w4g64", "gptq-w3g64", "awq-w4g64", "additive-2x8g8"],
-    "distillation": ["gptq-w4g64", "additive-2x8g8"],
-}
+TRAINED = [s for s in OTHERS if not s.startswith(("rtn", "hqq"))]
 _kept = {}
 
 
@@ -352,9 +349,10 @@ def effort(workers):
 
 
 def others(workers):
-    "Other quantisers, one seed, one epoch."
+    "Other quantisers, one epoch; QDPO with three seeds where a model is left, all else with one."
     best, jobs = best_rates(), [job(scheme, "untouched", [], 0, 0) for scheme in OTHERS]
-    jobs += [job(scheme, m, rates_of(m, best), 0, 1) for m, schemes in TRAINED.items() for scheme in schemes]
+    jobs += [job(scheme, m, rates_of(m, best), 0, 1) for m in ("QDPO", "distillation") for scheme in TRAINED]
+    jobs += [job(scheme, "QDPO", rates_of("QDPO", best), s, 1) for s in SEEDS[1:] for scheme in TRAINED if "w2" not in scheme]
     write("others", run_all(jobs, workers))
 
 
