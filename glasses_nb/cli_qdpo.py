@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_origin', 'write_model', 'open_models', 'pick_prompts', 'calibration_texts', 'size_row', 'turn_table',
-           'draw_diagnosis', 'pairs_text', 'chosen_objective', 'usual_rate', 'restore_latent', 'compare_models',
-           'score_table', 'judge_models', 'judged_text', 'printable', 'parting', 'ChatRoom', 'answers_of',
-           'side_by_side', 'one_below', 'converse']
+           'draw_diagnosis', 'pairs_text', 'chosen_objective', 'usual_rate', 'compare_models', 'score_table',
+           'judge_models', 'judged_text', 'printable', 'parting', 'ChatRoom', 'answers_of', 'side_by_side', 'one_below',
+           'converse']
 
 # %% ../nbs/94_cli_qdpo.ipynb #314b23dd
 import contextlib
@@ -245,30 +245,30 @@ def pick_prompts(
     rows = np.linspace(0, len(found) - 1, min(limit or len(found), len(found))).round().astype(int)
     return found.iloc[rows].reset_index(drop=True)
 
-# %% ../nbs/94_cli_qdpo.ipynb #5571784c
+# %% ../nbs/94_cli_qdpo.ipynb #22fb6ace
 def calibration_texts(
     full,  # the model to be quantised
     tokenizer,  # with a chat template
     prompts,  # frame of `pick_prompts`
     tokens: int = 48,  # of an answer, at most
+    progress: bool = False,  # show a bar
 ) -> list:  # lists of token ids
     "Prompts as the model reads them, each with its own answer."
     from glasses_nb.qdpo.pairs import chat_ids, greedy_answers
 
     ids = [chat_ids(tokenizer, [dict(role="user", content=turns[0])]) for turns in prompts["turns"]]
-    return [prompt + answer for prompt, answer in zip(ids, greedy_answers(full, ids, tokens))]
+    return [prompt + answer for prompt, answer in zip(ids, greedy_answers(full, ids, tokens, progress=progress))]
 
 
 def _quantized(full, tokenizer, scheme, prompts=None):
     "A model in few bits; prompts are looked at where the scheme needs them."
     from glasses_nb.qdpo.quantizers import Scheme, quantize
 
-    scheme, texts = Scheme.parse(scheme), None
-    with _seconds(f"quantising to {scheme.name}"):
-        if scheme.method in _LOOKING:
-            prompts = pick_prompts(None, "train", 32) if prompts is None else prompts
-            texts = calibration_texts(full, tokenizer, prompts)
-        return quantize(full, scheme, texts)
+    scheme, texts, shown = Scheme.parse(scheme), None, sys.stderr.isatty()
+    if scheme.method in _LOOKING:
+        prompts = pick_prompts(None, "train", 32) if prompts is None else prompts
+        texts = calibration_texts(full, tokenizer, prompts, progress=shown)
+    return quantize(full, scheme, texts, progress=shown)
 
 # %% ../nbs/94_cli_qdpo.ipynb #96586aee
 def size_row(
@@ -590,35 +590,10 @@ def _check_pairs(opened, pairs, objective, batch_size):
         label = next(iter(opened.quantized))
         raise ValueError(f"the pairs were made with another model than {label}: qdpo pairs {label} makes some for it") from error
 
-# %% ../nbs/94_cli_qdpo.ipynb #1aed4135
-def restore_latent(
-    model,  # quantised, changed in place
-    full,  # what it was made of
-):  # the same model
-    "Latent weights as close to full precision as their codes allow."
-    import torch
-
-    from glasses_nb.qdpo.quantizers import QuantLinear, quantized_layers
-
-    for name, layer in quantized_layers(model).items():
-        if not isinstance(layer, QuantLinear):
-            continue  # no latent weights
-        with torch.no_grad():
-            codes, grid = layer.codes(), (len(layer.scale), layer.scale.shape[1], -1)
-            weight = full.get_submodule(name).weight.to(layer.weight)
-            channel = 1.0 if layer.channel is None else layer.channel
-            scaled, q = (weight * channel).view(grid), codes.view(grid).float()
-            layer.weight.copy_(weight)
-            for half in (0.5, 0.49, 0.25):
-                wrong = layer.codes() != codes
-                ends = [(q - layer.zero[..., None] + side * half) * layer.scale[..., None] for side in (-1, 1)]
-                inside = scaled.clamp(*ends).view_as(weight) / channel
-                layer.weight[wrong] = inside.to(weight.dtype)[wrong]
-    return model
-
-# %% ../nbs/94_cli_qdpo.ipynb #c7247b78
+# %% ../nbs/94_cli_qdpo.ipynb #6eafb878
 def _align_into(folder, opened, pairs, objective, run, save_every):
     "Train in a folder, or go on with the run that is there; the history."
+    from glasses_nb.qdpo.packing import restore_latent
     from glasses_nb.qdpo.qdpo import PairWatch, add_lora, align
 
     few, is_new = next(iter(opened.quantized.values())), _begin(folder, run)

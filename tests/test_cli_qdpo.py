@@ -30,7 +30,7 @@ from glasses_nb import cli, cli_qdpo
 from glasses_nb.endpoint import Reply, reply_server
 from glasses_nb.hub import load_lm
 from glasses_nb.qdpo.diagnosis import diagnose
-from glasses_nb.qdpo.packing import load_quantized
+from glasses_nb.qdpo.packing import load_quantized, restore_latent
 from glasses_nb.qdpo.pairs import load_pairs, load_prompts, make_pairs
 from glasses_nb.qdpo.qdpo import LoRA, Objective, PairWatch, add_lora, align, length_beta
 from glasses_nb.qdpo.quantizers import QuantLinear, codes_changed, model_codes, quantize, quantized_layers
@@ -166,7 +166,7 @@ def test_every_scheme_goes_through_a_folder(desk, lm, scheme):
     ids = torch.tensor([[5, 9, 30, 4]])
     torch.testing.assert_close(model(ids).logits, right(ids).logits, rtol=1e-4, atol=1e-4)
     before = {n: m.quantized_weight().clone() for n, m in quantized_layers(model).items()}
-    cli_qdpo.restore_latent(model, lm.model)
+    restore_latent(model, lm.model)
     for name, layer in quantized_layers(model).items():
         assert torch.equal(layer.quantized_weight(), before[name])
         if isinstance(layer, QuantLinear):  # nowhere farther than the middle of the cell, and equal where it can be
@@ -573,10 +573,10 @@ def test_ctrl_c_in_a_conversation(desk, monkeypatch):
 class Screen:
     "The real command on a terminal of our own."
 
-    def __init__(self, *args, columns=110):
+    def __init__(self, *args, columns=110, env=ENV):
         self.ours, theirs = pty.openpty()
         self.size(columns)
-        env = {k: v for k, v in ENV.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm"}
+        env = {k: v for k, v in env.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm"}
         self.child = subprocess.Popen([SCRIPT, "qdpo", *args], stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
                                       preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
         os.close(theirs)
@@ -627,6 +627,19 @@ def test_a_conversation_on_a_terminal(desk):
     screen.type("\x04")
     assert screen.child.wait(60) == 0
     os.close(screen.ours)
+
+
+def test_bars_on_a_terminal(desk):
+    env = {k: v for k, v in ENV.items() if k != "IN_TEST"}
+    call_args = ["quantize", "tiny", "--scheme", "gptq-w2g16", "--out", "g2", "--limit", "6"]
+    screen = Screen(*call_args, env=env)
+    screen.until("6/6")  # answers to calibrate with
+    screen.until("14/14")  # layers
+    screen.until("wrote g2")
+    assert screen.child.wait(60) == 0
+    os.close(screen.ours)
+    done = subprocess.run([SCRIPT, "qdpo", *call_args, "--force"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "") and "wrote g2" in done.stdout  # no bar in a file
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

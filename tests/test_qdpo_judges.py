@@ -16,9 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_chat import TURNS, forbid, letters_tokenizer, tiny_chat
+from test_endpoint import served
+from tiny_chat import TEMPLATE, TURNS, forbid, letters_tokenizer, tiny_chat
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from glasses_nb.endpoint import Endpoint, Reply, read_journal, reply_server
+from glasses_nb.hub import cache_folder, load_lm
 from glasses_nb.plot import figure
 from glasses_nb.qdpo import judges as c
 from glasses_nb.qdpo.conversation import Talks, two_turns
@@ -489,3 +493,75 @@ def test_both_judges_read_the_talks(full, tok, talks):
 def test_bad_outcomes(bad):
     with pytest.raises(ValueError, match="as many finite scores"):
         c.logp_outcomes(*bad)
+
+
+# ---- real models behind a real server ----
+
+
+@pytest.fixture
+def serving():
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason=f"{package} is missing: `transformers serve` needs it")
+
+
+def chain(folder, says):
+    "A model whose every token depends on the last one alone: behind a question it writes `says`, and stops."
+    signs = [*"<>/abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;={}[]?!'-_\n", *says]
+    vocab = {x: i for i, x in enumerate(dict.fromkeys(["<u>", "<s>", "</s>", "<go>", *signs]))}
+    core = Tokenizer(models.BPE(vocab, [], unk_token="<u>"))
+    core.add_special_tokens(["<s>", "</s>", "<go>"])
+    core.add_tokens(list(says))
+    core.decoder = decoders.Fuse()
+    ends = dict(unk_token="<u>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **ends)
+    tokenizer.chat_template = TEMPLATE.replace("<s>assistant ", "<go>")
+    size = -(-len(vocab) // 8) * 8
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=size, hidden_size=size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=32_768, bos_token_id=1, eos_token_id=2))  # fmt: skip
+    with torch.no_grad():
+        for p in model.model.layers.parameters():
+            p.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        model.lm_head.weight.zero_()
+        for now, then in zip(["<go>", *says], [*says, "</s>"]):
+            model.lm_head.weight[vocab[then], vocab[now]] = 1.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+SAID = [["Name a bird.", "Why that one?"], ["What is two and two?", "And twice that?"]]
+OWLS = [["An owl.", "It is quiet."], ["Four.", "Eight."]]
+BRICKS = [["A brick.", "It is red."], ["Five.", "Six."]]
+
+
+@pytest.mark.parametrize("says, verdict, outcome", [
+    (["[[A]]"], "A", "tie"), (["Both!", "[[C]]"], "C", "tie"), (["[[A]]", "[[B]]"], "", "malformed"), (["None."], "", "malformed"),
+])  # fmt: skip
+def test_a_model_of_one_sentence_judges_behind_a_real_server(says, verdict, outcome, serving, tmp_path):
+    chain(tmp_path / "judge", says)
+    with served(tmp_path / "judge") as url:
+        judge = Endpoint(url, str(tmp_path / "judge"), deadline=60.0)
+        found = c.judge_pairs(judge, SAID, OWLS, BRICKS, journal=tmp_path / "j", parameters=dict(max_tokens=8))
+    assert found.error.tolist() == ["", ""]
+    assert found.outcome.tolist() == [outcome] * 2 and set(found.ours_first) | set(found.theirs_first) == {verdict}
+    assert [a.replace(" ", "") for a in read_journal(tmp_path / "j")["answer"]] == ["".join(says)] * 4
+    row = c.outcome_table({"m": found}).loc["m"]
+    assert row["judged"] == (2 if verdict else 0) and bool(row["first"] == 1.0) is (verdict == "A")
+    again = c.judge_pairs(judge, SAID, OWLS, BRICKS, journal=tmp_path / "j", parameters=dict(max_tokens=8))
+    assert again.equals(found)  # the server is gone: all of it stands in the journal
+
+
+def test_a_real_language_model_is_asked_and_what_it_says_is_counted(serving, tmp_path):
+    full, tokenizer = load_lm("smollm2-135m-instruct")
+    folder = cache_folder() / "smollm2-135m-instruct"
+    with served(folder) as url:
+        judge = Endpoint(url, str(folder), concurrency=1, deadline=120.0)
+        found = c.judge_pairs(judge, SAID[:1], OWLS[:1], BRICKS[:1], journal=tmp_path / "j", parameters=dict(max_tokens=12))
+    said = read_journal(tmp_path / "j")["answer"].tolist()
+    asked = [c.judge_messages(SAID[0], *pair) for pair in ((OWLS[0], BRICKS[0]), (BRICKS[0], OWLS[0]))]
+    for text, messages in zip(said, asked):  # the server adds nothing to the question and takes nothing from the answer
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        made = full.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert text == tokenizer.decode(made, skip_special_tokens=True)
+    assert found.error[0] == "" and found.outcome[0] == "malformed"  # twelve tokens hold no verdict, and a cut reply is none

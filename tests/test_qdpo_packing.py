@@ -17,7 +17,7 @@ from tiny_models import tiny_lm
 from torch import nn
 
 from glasses_nb.qdpo import packing
-from glasses_nb.qdpo.packing import PackedLinear, load_quantized, pack, packed_sizes, save_quantized, unpack
+from glasses_nb.qdpo.packing import PackedLinear, load_quantized, pack, packed_sizes, restore_latent, save_quantized, unpack
 from glasses_nb.qdpo.quantizers import QuantizedLinear, QuantLinear, Scheme, model_codes, quantize, quantized_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -563,3 +563,69 @@ def test_sizes_add_up(scheme, tmp_path):
     tensors = load_file(tmp_path / "one" / "quantized.safetensors")
     inside = sum(t.numel() * t.element_size() for n, t in tensors.items() if "_proj." in n)
     assert sizes.bytes["linear layers"] == inside
+
+
+# ---- latent weights ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["rtn-w2g16", "rtn-w4g8-float", "rtn-w3g16-symmetric", "gptq-w3g16", "awq-w4g16", "hqq-w3g16"])
+def test_latent_weights_come_back(scheme, dtype, tmp_path):
+    full = tiny_lm("qwen2")[0].to(dtype)  # with biases
+    made = quantize(full, scheme, [list(range(40)), [9, 4, 40] * 6])
+    read = load_quantized(save_quantized(made, tmp_path / "it")).model
+    codes, start = model_codes(read), {n: m.weight.clone() for n, m in quantized_layers(read).items()}
+    out = logits(read)
+    assert restore_latent(read, full) is read
+    kept = []
+    for name, layer in quantized_layers(read).items():
+        weight = full.get_submodule(name).weight
+        assert torch.equal(layer.codes(), codes[name]) and layer.weight.dtype == dtype and not layer.weight.requires_grad
+        near, far = ((w.double() - weight.double()).abs() for w in (layer.weight, start[name]))
+        assert (near <= far + 1e-6).all()
+        kept.append((layer.weight == weight).double().mean().item())
+        if scheme.startswith("rtn"):
+            assert torch.equal(layer.weight, weight)
+    assert torch.equal(logits(read), out) and min(kept) > (0.3 if scheme.startswith("gptq") else 0.9)
+
+
+@pytest.mark.parametrize("channel", [False, True])
+def test_latent_weights_of_any_codes(channel, tmp_path):
+    full = tiny_lm("llama")[0]
+    made = quantize(full, "rtn-w3g16")
+    if channel:
+        factors(made)
+    g = torch.Generator().manual_seed(1)
+    for layer in quantized_layers(made).values():  # codes anywhere, most far from where full precision is
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=g) * 0.3)
+    read = load_quantized(save_quantized(made, tmp_path / "it")).model
+    codes, start = model_codes(read), {n: m.weight.clone() for n, m in quantized_layers(read).items()}
+    restore_latent(read, full)
+    for name, layer in quantized_layers(read).items():
+        weight, step = full.get_submodule(name).weight, layer.scale.repeat_interleave(16, 1)
+        step = step if layer.channel is None else step / layer.channel
+        assert torch.equal(layer.codes(), codes[name])
+        way = (layer.weight - start[name]) / step * (weight - start[name]).sign()
+        other = layer.weight != weight
+        assert other.float().mean() > 0.3 and (~other).float().mean() > 0.05
+        assert (way[other] > 0.489).all() and (way[other] < 0.501).all()  # at the edge that faces full precision
+
+
+def test_layers_without_latent_weights_stay(few, saved):
+    full = tiny_lm("llama")[0]
+    packed = load_quantized(saved, packed=True).model
+    before = logits(packed)
+    assert torch.equal(logits(restore_latent(packed, full)), before)
+
+
+@pytest.mark.parametrize("full, said", [
+    (lambda: tiny_lm("llama", layers=1)[0], r"layers.1.self_attn.q_proj is \(32, 32\) here and None in full"),
+    (lambda: nn.Linear(32, 32), "q_proj is .* and None in full precision: give the model that this one was made of"),
+    (lambda: tiny_lm("neox")[0], "None in full precision"),
+])  # fmt: skip
+def test_latent_weights_of_another_model(full, said, few):
+    model = copy.deepcopy(few)
+    before = {n: m.weight.clone() for n, m in quantized_layers(model).items()}
+    with pytest.raises(ValueError, match=said):
+        restore_latent(model, full())
+    assert all(torch.equal(m.weight, before[n]) for n, m in quantized_layers(model).items())

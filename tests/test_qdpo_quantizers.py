@@ -47,7 +47,8 @@ def fresh(layer, x):
 def test_names_round_trip():
     for method, bits, group, zero in itertools.product(("rtn", "gptq", "awq", "hqq"), (2, 3, 8), (1, 64, 128), ZEROS):
         scheme = Scheme(method, bits, group, zero)
-        assert Scheme.parse(scheme.name) == scheme and scheme.effective_bits == bits + 32 / group
+        assert Scheme.parse(scheme.name) == scheme
+        assert scheme.effective_bits == bits + (16 if zero == "symmetric" and method != "hqq" else 32) / group
     for books, bits, group in itertools.product((1, 3), (2, 8), (4, 8)):
         scheme = Scheme("additive", bits, group, books=books)
         assert Scheme.parse(scheme.name) == scheme and scheme.effective_bits == books * bits / group
@@ -569,3 +570,36 @@ def test_head_that_is_not_tied_stays():
     assert model.lm_head.weight is not model.model.embed_tokens.weight and "lm_head" not in linear_names(model)
     few = quantize_rtn(copy.deepcopy(model), Scheme("rtn", 4, 16))
     assert type(few.lm_head) is nn.Linear and torch.equal(few.lm_head.weight, model.lm_head.weight)
+
+
+# ---- progress ----
+
+
+@pytest.mark.parametrize("scheme", ["rtn-w4g16", "gptq-w4g16", "awq-w4g16", "hqq-w4g16", "additive-1x4g4"])
+def test_a_bar_of_layers_only_where_it_is_wanted(scheme, capfd, monkeypatch):
+    model, texts = tiny_lm("llama")[0], [[5, 7, 9, 11] * 8]
+    monkeypatch.delenv("IN_TEST", raising=False)
+    plain = quantize(model, scheme, texts)
+    assert capfd.readouterr().err == ""
+    shown = quantize(model, scheme, texts, progress=True)
+    err = capfd.readouterr().err
+    assert "14/14" in err and scheme in err and err.count("15/14") == 0
+    for name, layer in quantized_layers(plain).items():
+        assert torch.equal(layer.quantized_weight(), quantized_layers(shown)[name].quantized_weight())
+    monkeypatch.setenv("IN_TEST", "1")
+    quantize(model, scheme, texts, progress=True)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bar_ends_where_a_scheme_fails(capfd, monkeypatch):
+    monkeypatch.delenv("IN_TEST", raising=False)
+    with pytest.raises(ValueError, match="calibration must be lists of token ids"):
+        quantize(tiny_lm("llama")[0], "gptq-w4g16", progress=True)
+    assert "0/14" in capfd.readouterr().err
+
+
+def test_each_layer_is_counted_once_where_layers_are_shared():
+    model, calls = tiny_lm("llama")[0], []
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    quantize_rtn(model, Scheme("rtn", 4, 16), each=lambda: calls.append(len(quantized_layers(model))))
+    assert calls == list(range(1, 12))

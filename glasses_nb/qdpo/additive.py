@@ -298,7 +298,7 @@ def fit_additive(
             break
     return (codes, codebooks, scale), errors
 
-# %% ../../nbs/qdpo/33_additive.ipynb #0a4e7283
+# %% ../../nbs/qdpo/33_additive.ipynb #927164a7
 def additive_linear(
     linear: nn.Linear,      # full precision
     moments: InputMoments,  # of its inputs
@@ -314,8 +314,9 @@ def quantize_additive(
     model: nn.Module,   # changed in place
     scheme: Scheme,     # books, bits and group
     calibration: list,  # lists of token ids
+    each=None,          # called after every layer
 ) -> nn.Module:         # the same model
     "Sums of codewords in every linear layer but the head, for the inputs that the quantised layers before it give."
     for name in linear_names(model):
         _check_fit(model.get_submodule(name).weight, None, scheme, name)
-    return _layer_by_layer(model, scheme, calibration, additive_linear)
+    return _layer_by_layer(model, scheme, calibration, additive_linear, each)

@@ -258,8 +258,8 @@ def layer_inputs(
         for run, hidden in zip(runs, after):
             run.hidden = hidden
 
-# %% ../../nbs/qdpo/32_calibrated.ipynb #7cc05489
-def _layer_by_layer(model, scheme, calibration, make):
+# %% ../../nbs/qdpo/32_calibrated.ipynb #82914d36
+def _layer_by_layer(model, scheme, calibration, make, each=None):
     "Replace each linear layer by make(linear, moments, scheme), a decoder layer at a time."
     for inputs in layer_inputs(model, calibration):
         for name, moments in inputs.items():
@@ -267,6 +267,8 @@ def _layer_by_layer(model, scheme, calibration, make):
                 raise ValueError(f"the inputs of {name} are not finite on the calibration texts")
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, make(model.get_submodule(name), moments, scheme))
+            if each is not None:
+                each()
     return model
 
 # %% ../../nbs/qdpo/32_calibrated.ipynb #f29fdd90
@@ -302,13 +304,14 @@ def hqq_linear(
     scale, zero = weight_grid(linear.weight, scheme.bits, scheme.group, scheme.zero)
     return QuantLinear(linear.weight, scale, hqq_zero(linear.weight, scale, zero, scheme.bits), scheme.bits, linear.bias)
 
-# %% ../../nbs/qdpo/32_calibrated.ipynb #0d52cacb
+# %% ../../nbs/qdpo/32_calibrated.ipynb #edaad54d
 def quantize_calibrated(
     model: nn.Module,   # changed in place
     scheme,             # a `Scheme` of gptq, awq or hqq
     calibration: list | None = None,  # lists of token ids; hqq needs none
+    each=None,          # called after every layer
 ) -> nn.Module:         # the same model
     "GPTQ, AWQ or HQQ in every linear layer but the head."
     if scheme.method == "hqq":
-        return replace_linears(model, lambda name, linear: hqq_linear(linear, scheme))
-    return _layer_by_layer(model, scheme, calibration, gptq_linear if scheme.method == "gptq" else awq_linear)
+        return replace_linears(model, lambda name, linear: hqq_linear(linear, scheme), each)
+    return _layer_by_layer(model, scheme, calibration, gptq_linear if scheme.method == "gptq" else awq_linear, each)

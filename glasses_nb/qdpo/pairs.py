@@ -203,7 +203,7 @@ def model_digest(
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #b9c1a1bc
+# %% ../../nbs/qdpo/35_pairs.ipynb #66c49bb8
 def _answer_key(digest, prompt, options):
     "The name of an answer in the journal: another model, prompt or option has another one."
     return hashlib.sha256(json.dumps([digest, prompt, options], sort_keys=True).encode()).hexdigest()
@@ -233,7 +233,7 @@ def _journaled(path):
             continue
     return found
 
-
+# %% ../../nbs/qdpo/35_pairs.ipynb #832e800e
 @contextlib.contextmanager
 def _appending(path):
     "A function that appends lines to a file and has them on the disk; without a file it does nothing."
@@ -252,7 +252,7 @@ def _appending(path):
 
         yield append
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #f3bf1c1a
+# %% ../../nbs/qdpo/35_pairs.ipynb #17ac200e
 def _check_prompts(model, prompts, max_new_tokens):
     "Prompts and a length of answers that the model can serve."
     if model.training:
@@ -266,7 +266,7 @@ def _check_prompts(model, prompts, max_new_tokens):
         raise ValueError(f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit into the "
                          f"model's context of {room}")
 
-
+# %% ../../nbs/qdpo/35_pairs.ipynb #d07dde28
 def greedy_answers(
     model,                  # causal LM of `transformers`, in evaluation mode
     prompts: list,          # lists of token ids
@@ -399,7 +399,7 @@ def pair_report(
         rejected_longer=int((t.rejected > t.chosen).sum()), rejected_shorter=int((t.rejected < t.chosen).sum()),
         chosen_cut=cut["chosen"], rejected_cut=cut["rejected"])
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #2937a33b
+# %% ../../nbs/qdpo/35_pairs.ipynb #71e2368b
 def _check_pair_task(full, quantized, tokenizer, prompts, turns, keep, window):
     "Models of one vocabulary, prompts with ids and turns, and options that exist."
     sizes = [m.get_input_embeddings().weight.shape[0] for m in (full, quantized)]
@@ -415,7 +415,7 @@ def _check_pair_task(full, quantized, tokenizer, prompts, turns, keep, window):
     if window is not None:
         cut_after_flip([0], [1], window)
 
-
+# %% ../../nbs/qdpo/35_pairs.ipynb #0c46fe6f
 def _second_turn(prompts, first, answers, tokenizer, room):
     "Second messages, with the full-precision answer as history: key -> token ids, where they fit."
     found = {}
@@ -428,7 +428,18 @@ def _second_turn(prompts, first, answers, tokenizer, room):
                 found[f"{row.id}/2"] = ids
     return found
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #59c22ab9
+
+def _both_answers(models, tokenizer, prompts, turns, room, ask):
+    "Prompts as token ids by key, and what each of the two models answers."
+    ids = {f"{p.id}/1": chat_ids(tokenizer, [dict(role="user", content=p.turns[0])], context=room) for p in prompts.itertuples()}
+    sides = [ask(m, list(ids.values())) for m in models]
+    if turns == 2:
+        more = _second_turn(prompts, ids, sides[0], tokenizer, room)
+        sides = [side + ask(m, list(more.values())) for side, m in zip(sides, models)]
+        ids |= more
+    return ids, *sides
+
+# %% ../../nbs/qdpo/35_pairs.ipynb #c8a5de83
 def make_pairs(
     full,                       # full-precision model, in evaluation mode
     quantized,                  # the same in few bits
@@ -447,16 +458,8 @@ def make_pairs(
     _check_pair_task(full, quantized, tokenizer, prompts, turns, keep, window)
     room = context_length(full)
     room = None if room is None else room - max_new_tokens
-    ask = lambda model, ids: greedy_answers(
-        model, ids, max_new_tokens, batch_size, journal=journal, progress=progress)
-    ids = {f"{p.id}/1": chat_ids(tokenizer, [dict(role="user", content=p.turns[0])], context=room)
-           for p in prompts.itertuples()}
-    chosen, rejected = (ask(m, list(ids.values())) for m in (full, quantized))
-    if turns == 2:
-        more = _second_turn(prompts, ids, chosen, tokenizer, room)
-        for side, m in ((chosen, full), (rejected, quantized)):
-            side += ask(m, list(more.values()))
-        ids |= more
+    ask = lambda model, ids: greedy_answers(model, ids, max_new_tokens, batch_size, journal=journal, progress=progress)
+    ids, chosen, rejected = _both_answers((full, quantized), tokenizer, prompts, turns, room, ask)
     pairs = list(zip(chosen, rejected))
     identical = sum(c == r for c, r in pairs)
     if window is not None:
@@ -466,7 +469,7 @@ def make_pairs(
     kept = keep_pairs(found, keep)
     return kept, pair_report(found, kept, identical, stop_ids(full))
 
-# %% ../../nbs/qdpo/35_pairs.ipynb #a9a0c556
+# %% ../../nbs/qdpo/35_pairs.ipynb #c3b05459
 def save_pairs(
     pairs: list,       # of `Pair`
     path: str | Path,  # JSON lines; the whole file or nothing is written
@@ -477,7 +480,7 @@ def save_pairs(
     beside.write_text("".join(json.dumps(asdict(p)) + "\n" for p in pairs), encoding="utf-8")
     os.replace(beside, path)
 
-
+# %% ../../nbs/qdpo/35_pairs.ipynb #fa037887
 def _read_pair(told, where):
     "A pair from what a line holds, or an error that names the line."
     ids = lambda x: isinstance(x, list) and len(x) > 0 and all(type(t) is int and t >= 0 for t in x)
@@ -491,7 +494,7 @@ def _read_pair(told, where):
                              f"got {repr(told[name])[:40]}")
     return Pair(**told | {name: tuple(told[name]) for name in ("full", "quantized")})
 
-
+# %% ../../nbs/qdpo/35_pairs.ipynb #27c4f251
 def load_pairs(
     path: str | Path,  # written by `save_pairs`
 ) -> list:             # of `Pair`

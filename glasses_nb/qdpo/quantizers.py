@@ -6,18 +6,20 @@
 __all__ = ['ZEROS', 'Scheme', 'weight_grid', 'encode', 'decode', 'QuantizedLinear', 'QuantLinear', 'quantized_layers',
            'model_codes', 'codes_changed', 'linear_names', 'replace_linears', 'quantize_rtn', 'quantize']
 
-# %% ../../nbs/qdpo/31_quantizers.ipynb #401f5477
+# %% ../../nbs/qdpo/31_quantizers.ipynb #82049907
 import copy
 import importlib
 import math
+import os
 import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm.auto import tqdm
 
-# %% ../../nbs/qdpo/31_quantizers.ipynb #9495318f
+# %% ../../nbs/qdpo/31_quantizers.ipynb #c60786b6
 @dataclass(frozen=True)
 class Scheme:
     "How the weights of a model are stored."
@@ -39,8 +41,11 @@ class Scheme:
 
     @property
     def effective_bits(self) -> float:
-        "Bits per weight, scales and zeros of 16 bits counted; additive: a lower bound, codes without codebooks and row scales."
-        return self.bits * self.books / self.group if self.method == "additive" else self.bits + 32 / self.group
+        "Bits per weight, with 16 for each scale and each zero; additive: a lower bound, codes without codebooks and row scales."
+        if self.method == "additive":
+            return self.bits * self.books / self.group
+        fixed = self.zero == "symmetric" and self.method != "hqq"  # HQQ moves the zero that it starts from
+        return self.bits + (16 if fixed else 32) / self.group
 
     @classmethod
     def parse(cls, name: str) -> "Scheme":
@@ -314,7 +319,7 @@ def codes_changed(
         raise ValueError(f"codes of one model twice are needed; they differ in {odd[:3] or 'nothing: there are none'}")
     return sum((before[n] != after[n]).sum().item() for n in before) / sum(c.numel() for c in before.values())
 
-# %% ../../nbs/qdpo/31_quantizers.ipynb #5033edcc
+# %% ../../nbs/qdpo/31_quantizers.ipynb #ee168309
 def linear_names(
     model: nn.Module,  # a language model
 ) -> list:             # dotted names
@@ -326,6 +331,7 @@ def linear_names(
 def replace_linears(
     model: nn.Module,  # changed in place
     make,              # make(name, linear) -> the module to put in its place
+    each=None,         # called after every layer
 ) -> nn.Module:        # the same model
     "Put another module in the place of each linear layer but the head."
     places = {}
@@ -337,6 +343,8 @@ def replace_linears(
         for place in places[linear]:  # more than one where a layer is shared
             parent, _, leaf = place.rpartition(".")
             setattr(model.get_submodule(parent), leaf, made)
+        if each is not None:
+            each()
     return model
 
 # %% ../../nbs/qdpo/31_quantizers.ipynb #bf5422af
@@ -378,24 +386,27 @@ def _check_layers(model, scheme):
         if not torch.isfinite(w).all():
             raise ValueError(f"{name} has {int((~torch.isfinite(w)).sum())} weights that are not finite")
 
-# %% ../../nbs/qdpo/31_quantizers.ipynb #731b1193
+# %% ../../nbs/qdpo/31_quantizers.ipynb #d4089d63
 def quantize_rtn(
     model: nn.Module,     # changed in place
     scheme: Scheme,       # bits, group and zero
     calibration=None,     # not needed
+    each=None,            # called after every layer
 ) -> nn.Module:           # the same model
     "Round every weight to the nearest code."
     def make(name, linear):
         scale, zero = weight_grid(linear.weight, scheme.bits, scheme.group, scheme.zero)
         return QuantLinear(linear.weight, scale, zero, scheme.bits, linear.bias)
 
-    return replace_linears(model, make)
+    return replace_linears(model, make, each)
 
 
 def quantize(
     model: nn.Module,          # full precision; left as it is
     scheme: str | Scheme,      # such as 'rtn-w4g64'
     calibration: list | None = None,  # lists of token ids; gptq, awq and additive need them
+    *,
+    progress: bool = False,    # show a bar, a step per layer; never when IN_TEST is set
 ) -> nn.Module:                # a copy with quantised linear layers, in evaluation mode
     "A copy of a model in few bits; embeddings, norms and head stay as they are."
     scheme = Scheme.parse(scheme)
@@ -405,6 +416,8 @@ def quantize(
     if scheme.method != "rtn":
         module = importlib.import_module(f"glasses_nb.qdpo.{_METHODS[scheme.method]}")
         work = getattr(module, f"quantize_{_METHODS[scheme.method]}")
-    model = work(copy.deepcopy(model).eval().requires_grad_(False), scheme, calibration)
+    quiet = not progress or bool(os.environ.get("IN_TEST"))
+    with tqdm(total=len(linear_names(model)), desc=scheme.name, unit="layer", disable=quiet) as bar:
+        model = work(copy.deepcopy(model).eval().requires_grad_(False), scheme, calibration, bar.update)
     model.scheme = scheme
     return model.eval()
