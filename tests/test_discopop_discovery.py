@@ -135,7 +135,9 @@ def test_what_an_evaluation_prints_does_not_disturb(stub):
 @pytest.mark.parametrize("how, signame", [(signal.SIGKILL, "SIGKILL"), (signal.SIGTERM, "SIGTERM"), (signal.SIGSEGV, "SIGSEGV")])
 def test_a_worker_killed_from_outside_is_a_crash_and_is_not_retried(stub, how, signame):
     with open_engine(stub.wait, workers=2) as running:
-        assert len(list(running.run(enumerate(["0", "0"])))) == 2
+        seen = set()
+        while len(seen) < 2:  # both workers have begun
+            seen |= {o.value for o in running.run(enumerate(["0.2", "0.2"]))}
         victim = running.workers[0].process.pid
 
         def jobs():
