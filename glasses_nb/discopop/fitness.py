@@ -7,7 +7,7 @@ __all__ = ['TRAIN', 'CHOOSE', 'JUDGE', 'KL_BUDGETS', 'Bandit', 'make_bandit', 'b
            'FitnessFailed', 'train_bandit', 'Fitness', 'bandit_fitness', 'random_graph_loss', 'control_losses',
            'compare_losses', 'control_faults', 'repeat_noise', 'retest_winner']
 
-# %% ../../nbs/discopop/53_fitness.ipynb #bd29625d
+# %% ../../nbs/discopop/53_fitness.ipynb #e530fcd8
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .graph import INPUTS
+from .graph import INPUTS, Loss
 from .language import parse_loss
 from .losses import LOSSES
+from .slopes import GraphSlopes
 from ..seeds import interval
 
 # %% ../../nbs/discopop/53_fitness.ipynb #85d87ab3
@@ -151,33 +152,36 @@ def _chain(slopes, features, x, p, phi):
     at_prompt = np.bincount(x, up + down, len(p))
     return up @ features[0] + down @ features[1] - (p * at_prompt[:, None]).reshape(-1) @ phi.reshape(-1, phi.shape[-1])
 
-# %% ../../nbs/discopop/53_fitness.ipynb #a53d25fe
-def _checked_values(values, n, where):
+# %% ../../nbs/discopop/53_fitness.ipynb #6da792bc
+def _checked_values(values, n, where, depends):
     "One or two finite numbers per pair, that depend on the policy."
     if not torch.is_tensor(values) or tuple(values.shape) not in ((n,), (2 * n,)):
         got = tuple(values.shape) if torch.is_tensor(values) else type(values).__name__
         raise FitnessFailed(f"one loss per pair is needed, a tensor of shape ({n},), or two in ({2 * n},): got {got}")
     if not math.isfinite(total := values.detach().sum().item()):
         raise FitnessFailed(f"the summed loss is {total} {where}: values must stay finite")
-    if not values.requires_grad:
+    if not depends:
         raise FitnessFailed("the loss has no gradient: it does not depend on the policy")
 
 
 def _slopes(loss, logps, beta, where):
     "Derivatives of the mean loss in the policy's two log-probabilities, or what is wrong with it."
     n = len(logps[0])
-    values = loss(*logps, beta=beta)
-    _checked_values(values, n, where)
-    weights = torch.full_like(values, 1 / len(values))
-    found = torch.autograd.grad(values, logps[:2], weights, allow_unused=True)
-    if found[0] is None and found[1] is None:
-        raise FitnessFailed("the loss has no gradient: it does not depend on the policy")
-    slopes = [np.zeros(n) if s is None else s.numpy() for s in found]
+    if isinstance(loss, GraphSlopes):
+        values, *slopes = loss(*(x.detach().numpy() for x in logps))
+        _checked_values(torch.from_numpy(values), n, where, loss.depends)
+    else:
+        values = loss(*logps, beta=beta)
+        _checked_values(values, n, where, torch.is_tensor(values) and values.requires_grad)
+        weights = torch.full_like(values, 1 / len(values))
+        found = torch.autograd.grad(values, logps[:2], weights, allow_unused=True)
+        _checked_values(values, n, where, found[0] is not None or found[1] is not None)
+        slopes = [np.zeros(n) if s is None else s.numpy() for s in found]
     if not np.isfinite(slopes).all():
         raise FitnessFailed(f"a gradient is not finite {where}: keep roots, logs and divisors away from 0")
     return slopes
 
-# %% ../../nbs/discopop/53_fitness.ipynb #fb161266
+# %% ../../nbs/discopop/53_fitness.ipynb #7d1859a2
 def _orders(n, steps, batch, rng):
     "(steps, batch) numbers of pairs: shuffled anew in each epoch."
     size = min(batch, n)
@@ -206,6 +210,7 @@ def train_bandit(
     start: float = 0.0,   # scale of a random first θ; 0 starts at the reference
 ) -> np.ndarray:          # (steps + 1, D), θ before the first step and after each
     "Train a softmax policy with a loss, by Adam with decay rates 0.9 and 0.999."
+    loss = GraphSlopes(loss, beta) if isinstance(loss, Loss) else loss
     rng = np.random.default_rng([55, seed])
     xs, features, refs = _batches(bandit, steps, batch, rng)
     phi, ref = bandit.features[TRAIN], bandit.ref_logp[TRAIN]

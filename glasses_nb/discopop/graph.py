@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['INPUTS', 'OPS', 'SMALLEST', 'LARGEST', 'MAX_NODES', 'Node', 'Loss', 'loss_source', 'loss_formula']
 
-# %% ../../nbs/discopop/51c_graph.ipynb #b2fa4156
+# %% ../../nbs/discopop/51c_graph.ipynb #bf3fd0d9
 import math
 import numbers
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from typing import NamedTuple
 
 import torch
@@ -154,9 +154,11 @@ def _ordered(nodes, root):
             out.append(nodes[at]._replace(args=tuple(place[a] for a in nodes[at].args)))
     return tuple(out)
 
-# %% ../../nbs/discopop/51c_graph.ipynb #e22dc892
+# %% ../../nbs/discopop/51c_graph.ipynb #de87ee25
 def _guarded(f, fine, safe, *xs):
     "f(*xs), with gradient 0 where `fine` is false."
+    if fine.device.type == "cpu" and fine.all():  # as nearly always: the same numbers for a third of the work
+        return f(*xs)
     inside = [torch.where(fine, x, s) for x, s in zip(xs, safe)]
     return torch.where(fine, f(*inside), f(*(x.detach() for x in xs)))
 
@@ -205,20 +207,35 @@ _DO |= {
 }
 _FAR = {"mul": lambda value, a, b: _mul(a, b), "square": lambda value, x: _mul(x, x)}  # where a value may be infinite
 
-# %% ../../nbs/discopop/51c_graph.ipynb #91db421f
+# %% ../../nbs/discopop/51c_graph.ipynb #7dba2286
+def _wild(nodes):
+    "Of each node: whether it may be infinite."
+    wild = []
+    for op, args, _ in nodes:
+        far = any(wild[a] for a in args)
+        wild.append(op in ("exp", "div", "log", "log1p", "pow") or far and op not in ("sigmoid", "tanh", "lt", "le", "gt", "ge"))
+    return wild
+
+
 def _plan(nodes):
     "Each node with the function that computes it."
-    wild, plan = [], []  # wild: may be infinite
+    wild, plan = _wild(nodes), []
     for node in nodes:
         op, args, value = node
         far = any(wild[a] for a in args)
-        wild.append(op in ("exp", "div", "log", "log1p", "pow") or far and op not in ("sigmoid", "tanh", "lt", "le", "gt", "ge"))
         if op == "pow" and nodes[args[1]].op == "const":
             value = nodes[args[1]].value
         plan.append((_FAR.get(op, _DO.get(op)) if far else _DO.get(op), node._replace(value=value)))
     return plan
 
-# %% ../../nbs/discopop/51c_graph.ipynb #7037d3cf
+# %% ../../nbs/discopop/51c_graph.ipynb #4b7ff59c
+@lru_cache(maxsize=1024)
+def _constant(value, dtype, device):
+    "A number as a tensor, made once, and fit for gradients wherever it was made."
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+
 def _leaf(node, inputs, beta):
     "The value of a leaf."
     x = inputs[0]
@@ -228,7 +245,7 @@ def _leaf(node, inputs, beta):
         return torch.arange(len(x), dtype=x.dtype, device=x.device)
     if node.op == "fill":
         return torch.full_like(x, node.value, requires_grad=False)
-    return torch.tensor({"beta": beta, "count": float(len(x))}.get(node.op, node.value), dtype=x.dtype, device=x.device)
+    return _constant({"beta": beta, "count": float(len(x))}.get(node.op, node.value), x.dtype, x.device)
 
 
 def _interpret(plan, inputs, beta):

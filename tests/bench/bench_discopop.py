@@ -7,15 +7,26 @@ such a run writes nothing.
 """
 
 import argparse
+import json
+import tempfile
 import time
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from machine import write_about
 
+from glasses_nb.discopop.discovery import Archive, search
+from glasses_nb.discopop.evaluation import CONTROLS, score_loss
+from glasses_nb.discopop.evolution import EvolutionProposer
+from glasses_nb.discopop.fitness import bandit_fitness
+from glasses_nb.discopop.language import parse_loss
 from glasses_nb.discopop.losses import LOSSES
+from glasses_nb.discopop.probes import admit_loss
 
 HERE = Path(__file__).resolve().parent / "results"
 PAIRS, ROUNDS, CALLS, BETA, TAU = 4096, 40, 25, 0.05, 0.05
@@ -92,8 +103,66 @@ def against_trl(pairs, rounds):
     return rows
 
 
+def shipped():
+    "Texts of the shipped search that were scored, and the best of them first."
+    return [t.proposal.code for t in Archive(files("glasses_nb") / "artifacts" / "discopop" / "search.jsonl").best(200)]
+
+
+def gate(pairs, rounds):
+    "Reading, shapes and the canonical form, for the paper's longest program and for what a search proposes."
+    paper = [json.loads(line) for line in (files("glasses_nb") / "artifacts" / "discopop" / "appendix_g.jsonl").read_text().splitlines()]
+    texts = {"the paper's longest program": [max((p["code"] for p in paper if "code" in p), key=len)], "200 losses of the search": shipped()}
+    rows = []
+    for case, some in texts.items():
+        each = [1e3 * min(_seconds(lambda: parse_loss(text)) for _ in range(5)) for text in some]
+        probed = [1e3 * min(_seconds(lambda: admit_loss(text)) for _ in range(3)) for text in some]
+        rows += [row("gate", case, "median", median(each), "ms", "<= 2"), row("gate", case, "slowest", max(each), "ms", "<= 2"),
+                 row("gate", case, "with the probes, median", median(probed), "ms")]
+    return rows
+
+
+def _seconds(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def one_problem(pairs, rounds):
+    "The bandit, a problem and core: losses of the paper, and the ones that a search proposes."
+    cases = {name: [partial(LOSSES[name], tau=TAU)] for name in ("dpo", "discopop", "pfl", "aqfl")}
+    cases |= {"discopop, read from its text": [parse_loss(CONTROLS["discopop"])], "20 losses of the search": [parse_loss(c) for c in shipped()[::10]]}
+    for s in range(2):
+        bandit_fitness(LOSSES["dpo"], (s,))  # the problems and their optima are made once
+    rows = []
+    for case, losses in cases.items():
+        each = [1e3 * min(_seconds(lambda: bandit_fitness(loss, (s,))) for _ in range(5 if len(losses) == 1 else 2)) for loss in losses for s in range(2)]
+        rows.append(row("bandit", case, "a problem, median", median(each), "ms", "<= 100"))
+    return rows
+
+
+def loop(pairs, rounds):
+    "What the loop adds to evaluation, and what a second worker brings."
+    rows, took = [], {}
+    for workers in (1, 2, 1, 2):
+        with tempfile.TemporaryDirectory() as aside:
+            path = Path(aside) / "run.jsonl"
+            search(EvolutionProposer(), path, evaluations=128, workers=workers, progress=False)
+            told = [json.loads(line) for line in path.with_suffix(".times.jsonl").read_text().splitlines()]
+            trials = [t for t in told if "trial" in t]
+            began = trials[0]["elapsed"] - trials[0]["seconds"]  # the workers have loaded
+            busy = sum(t["seconds"] for t in trials)
+            took.setdefault(workers, []).append((told[-1]["elapsed"] - began, busy, sum(t["seconds"] > 0 for t in trials)))
+    for workers, runs in took.items():
+        for wall, busy, n in runs:
+            rows.append(row("loop", f"{workers} worker{'s' * (workers > 1)}", "evaluations a second", n / wall, "1/s"))
+    wall, busy, _ = min(took[1])
+    rows.append(row("loop", "1 worker", "loop / evaluation", wall / busy - 1, "", "<= 0.1"))
+    rows.append(row("loop", "2 workers against 1", "throughput", min(took[1])[0] / min(took[2])[0], "x", ">= 1.7"))
+    return rows
+
+
 def main():
-    measures = dict(against_trl=against_trl)
+    measures = {f.__name__: f for f in (against_trl, gate, one_problem, loop)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=", ".join(measures))
     parser.add_argument("--pairs", type=int, default=PAIRS)

@@ -2,7 +2,8 @@
 
 Stages: search (the evolutionary proposer), random (trees of the same grammar, drawn blindly),
 retest (the best of both on fresh bandits), writers (the best of those on small autoregressive policies),
-mood (finalists on SmolLM2-135M-Instruct, beside DPO, DiscoPOP and DPO turned round). A search goes on where it was stopped, from its archive
+mood (finalists on SmolLM2-135M-Instruct, beside DPO, DiscoPOP and DPO turned round), recheck
+(all scores of the search anew, after a change of the code that computes them). A search goes on where it was stopped, from its archive
 under `_build/artifacts/discopop`; tables and logs end up in the package.
 """
 
@@ -136,6 +137,17 @@ def writers(workers):
     judged("writers", "policy", rows[rows.loss.isin(best) | rows.source.isin(["paper", "control"])], FRESH_POLICIES, (0.2,), workers)
 
 
+def recheck(workers):
+    "Every score of the archive anew."
+    trials = [t for t in Archive(DEST / "search.jsonl").trials if t.verdict == "scored"]
+    began = time.time()
+    with ProcessPoolExecutor(workers) as pool:
+        found = list(pool.map(partial(score_loss, seeds=list(SELECT)), [t.proposal.code for t in trials], chunksize=20))
+    off = [max(abs(a - b) for a, b in zip(f["scores"], t.scores)) for f, t in zip(found, trials)]
+    log("recheck", [f"{len(off)} losses scored anew: largest difference {max(off):.2g}, {sum(o > 1e-9 for o in off)} above 1e-9, "
+                    f"{sum(o > 1e-3 for o in off)} above 1e-3", f"seconds: {time.time() - began:.0f}"])
+
+
 def mood(workers):
     "F3: the two that do best on fresh small policies, next to known losses; a run is a file, so that a stopped stage goes on."
     rows = with_known(finalists())
@@ -167,7 +179,7 @@ def kept(job):
 
 def main():
     global WORK
-    stages = dict(search=partial(explore, "search"), random=partial(explore, "random"), retest=retest, writers=writers, mood=mood)
+    stages = dict(search=partial(explore, "search"), random=partial(explore, "random"), retest=retest, writers=writers, mood=mood, recheck=recheck)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="*", help=f"{', '.join(stages)}; none: all")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
