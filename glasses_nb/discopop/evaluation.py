@@ -13,7 +13,7 @@ from .fitness import bandit_fitness
 from .graph import Loss
 from .language import parse_loss
 
-# %% ../../nbs/discopop/55a_evaluation.ipynb #614572d2
+# %% ../../nbs/discopop/55a_evaluation.ipynb #76ed78c3
 def _one_pair(loss, z, beta):
     "Value and slope in z of a pair; another pair in its batch has z = 0."
     zeros, values, slopes = torch.zeros(2, dtype=torch.float64), [], []
@@ -26,6 +26,11 @@ def _one_pair(loss, z, beta):
     return np.array(values), np.array(slopes)
 
 
+def _start_class(slope, scale):
+    "What a loss does where training begins."
+    return "flat" if abs(slope) < 0.02 * scale else "falls" if slope < 0 else "rises"
+
+
 def _tail_class(near, far, scale):
     "How a loss goes on, from its slopes in z at some distance and at twice that."
     if near > 1e-6 * scale and far > 1e-6 * scale:
@@ -35,6 +40,12 @@ def _tail_class(near, far, scale):
     return "linear" if abs(far) < 1.5 * abs(near) else "quadratic" if abs(far) < 3 * abs(near) else "steeper"
 
 
+def _is_convex(values):
+    "Whether values at equal distances bend upwards everywhere, up to rounding."
+    bends = values[2:] - 2 * values[1:-1] + values[:-2]
+    return bool((bends > -1e-9 * max(1.0, np.abs(values).max())).all())
+
+# %% ../../nbs/discopop/55a_evaluation.ipynb #382cf68c
 def loss_shape(
     loss: Loss,           # any
     beta: float = 0.05,   # above 0
@@ -43,11 +54,9 @@ def loss_shape(
     values, slopes = _one_pair(loss, np.linspace(-4, 4, 65), beta)
     ends = _one_pair(loss, [-30.0, -15.0, 15.0, 30.0], beta)[1]
     at0, scale = slopes[32], float(np.median(np.abs(slopes))) or 1.0
-    bends = values[2:] - 2 * values[1:-1] + values[:-2]
     return {
-        "slope": at0, "start": "flat" if abs(at0) < 0.02 * scale else "falls" if at0 < 0 else "rises",
-        "left": _tail_class(ends[1], ends[0], scale), "right": _tail_class(ends[2], ends[3], scale),
-        "convex": bool((bends > -1e-9 * max(1.0, np.abs(values).max())).all()), "coupled": loss.coupled,
+        "slope": at0, "start": _start_class(at0, scale), "left": _tail_class(ends[1], ends[0], scale),
+        "right": _tail_class(ends[2], ends[3], scale), "convex": _is_convex(values), "coupled": loss.coupled,
     }
 
 # %% ../../nbs/discopop/55a_evaluation.ipynb #36d775e9

@@ -76,11 +76,11 @@ RULES |= _rules("stat", """
     detached ; stat              ; {0}.detach()       ; 1
 """)
 
-# %% ../../nbs/discopop/54b_evolution.ipynb #2f12634d
+# %% ../../nbs/discopop/54b_evolution.ipynb #2dc844e3
 RULES |= _rules("loss", """
     logistic     ; margin                ; F.softplus(-{0})                                   ; 3
     hinge        ; margin                ; torch.relu(1 - {0})                                ; 1
-    squared_hinge       ; margin                ; torch.relu(1 - {0}) ** 2                           ; 1
+    squared_hinge ; margin               ; torch.relu(1 - {0}) ** 2                           ; 1
     exponential  ; margin                ; torch.exp(-{0})                                    ; 1
     capped       ; margin                ; torch.exp((-{0}).clamp(max=10))                    ; 1
     squared      ; margin                ; (1 - {0}) ** 2                                     ; 1

@@ -361,7 +361,7 @@ def loss_numbers(
         lines.append(f"{_plain_name(t.proposal.name)}: {told}{during}")
     return "\n".join(lines)
 
-# %% ../../nbs/discopop/54_proposers.ipynb #11418f77
+# %% ../../nbs/discopop/54_proposers.ipynb #a72c3c9b
 def _draw(ax, curves, xlabel, ylabel):
     "Named curves on axes."
     for i, (name, x, y) in enumerate(curves):
@@ -385,18 +385,22 @@ def loss_picture(
     scores: bool = True,  # whether scores during training are drawn
 ) -> bytes:               # a PNG of 800 x 350 pixels
     "Losses and training curves as a picture; the same bytes for the same trials on one machine."
-    rho = np.linspace(-40, 40, 161)
+    out = io.BytesIO()
     with style.context("default"):
-        fig = Figure((8.0, 3.5), dpi=100, layout="constrained")
-        left, right = fig.subplots(1, 2)
-        names = [_plain_name(t.proposal.name) for t in trials]
-        _draw(left, [(n, rho, _to_one(_loss_values(t, rho, beta))) for n, t in zip(names, trials)], "rho (nats)", "loss, scaled to 0 … 1")
-        kept = [(n, *_points(t).T) for n, t in zip(names, trials) if scores and len(_points(t))]
-        _draw(right, kept, "optimizer step", "score, cut at -1")
-        right.set_ylim(bottom=max(-1, right.get_ylim()[0]))
-        out = io.BytesIO()
-        fig.savefig(out, format="png", metadata={"Software": None})
+        _two_panels(trials, beta, scores).savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
+
+
+def _two_panels(trials, beta, scores):
+    "The figure: losses on the left, scores on the right."
+    fig, rho = Figure((8.0, 3.5), dpi=100, layout="constrained"), np.linspace(-40, 40, 161)
+    left, right = fig.subplots(1, 2)
+    names = [_plain_name(t.proposal.name) for t in trials]
+    _draw(left, [(n, rho, _to_one(_loss_values(t, rho, beta))) for n, t in zip(names, trials)], "rho (nats)", "loss, scaled to 0 … 1")
+    kept = [(n, *_points(t).T) for n, t in zip(names, trials) if scores and len(_points(t))]
+    _draw(right, kept, "optimizer step", "score, cut at -1")
+    right.set_ylim(bottom=max(-1, right.get_ylim()[0]))
+    return fig
 
 # %% ../../nbs/discopop/54_proposers.ipynb #5762ec0d
 class EndpointFailed(RuntimeError):

@@ -734,7 +734,7 @@ def run_raw(
     with RawSandbox(enabled=enabled, limits=limits, **options) as box:
         return box.run(source, batches, beta=beta)
 
-# %% ../../nbs/discopop/52c_sandbox.ipynb #2c769868
+# %% ../../nbs/discopop/52c_sandbox.ipynb #3d20aee0
 _SELF_TEST = """
 import ctypes, os, resource, signal
 def loss(self, *pair):
@@ -781,7 +781,7 @@ def sandbox_report(
         RawSandbox(enabled=True, tensors=False, tools=tools).close()
         whole = Protection("the whole box", True, "", "")
     except SandboxMissing as missing:
-        whole = Protection("the whole box", False, "all of it", str(missing).split("; ", 1)[-1])
+        whole = Protection("the whole box", False, "all of it", str(missing).split("; ", 1)[1])
     return SandboxReport((*layers, whole))
 
 # %% ../../nbs/discopop/52c_sandbox.ipynb #cd7d417e
