@@ -1,0 +1,229 @@
+"""The long runs behind the pages on Genie: `make artifacts PAPER=genie`.
+
+Stages, each of which goes on where it was stopped; `.venv/bin/python tools/artifacts/genie.py STAGE` runs one:
+
+clips       clips of CoinRun (easy, plain) on disk, under `_build/artifacts/genie/clips`: about two minutes, 2.4 GB
+tokenizer   the tokenizer of size `coinrun`, through the shared training loop; about an hour of one core
+early       ships before that run is over: its newest checkpoint after 300 more updates of falling rate, four minutes
+actions     the latent action model of size `coinrun`, six codes, through the same loop
+levers      what helps codes to mean something, on the square world: one variant after the other, under a minute each
+
+A stage uses one thread. Weights (16 bits), their record, the curve and a log end up in the package. Levels of
+training are 0 to 9999, held-out levels begin at 100 000.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+
+from glasses_nb.genie.codebooks import VectorQuantizer
+from glasses_nb.genie.latent_actions import (
+    ActionRecipe,
+    LatentActions,
+    make_latent_actions,
+    measure_latent_actions,
+    save_latent_actions,
+    square_effects,
+    train_latent_actions,
+)
+from glasses_nb.genie.st_transformer import STConfig
+from glasses_nb.genie.tokenizer import make_tokenizer, measure_tokenizer, save_tokenizer, train_tokenizer
+from glasses_nb.genie.worlds import ClipStore, SquareWorld, coinrun_clips, copy_psnr, square_clips
+from glasses_nb.train import checkpoints, verify_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "_build" / "artifacts" / "genie"
+DEST = ROOT / "glasses_nb" / "artifacts" / "genie"
+LENGTH, CHUNK, CHUNKS = 16, 1000, 12  # frames of a clip, clips of one seed, seeds
+TOKENIZER = dict(quantizer="vq", lr=2e-3, batch_size=4, steps=5500, warmup=100)
+ACTIONS = dict(actions=6, margin=8, lr=1e-3, batch_size=8, steps=3000, warmup=100, shift=8, free=0.3, balance=0.05)
+KEYS = np.array([0, 0, 1, 2, 2, 3, 4, 4, 5, 2, 2, 2, 2, 2, 2])  # left, left and up, rest, up, right, right and up
+
+
+def play(seed, count=CHUNK, held=False):
+    "Clips of one seed, from levels for training or held out."
+    levels = dict(first_level=100_000, levels=1000) if held else dict(first_level=0, levels=10_000)
+    return coinrun_clips(count, LENGTH, seed=seed, mode="easy", plain=True, threads=1, **levels)
+
+
+def clips():
+    "Frames and actions of the training levels, made once."
+    about = dict(world="coinrun", mode="easy", plain=True, levels=[0, 10_000], chunk=CHUNK)
+    frames = ClipStore(WORK / "clips" / "frames", (LENGTH, 64, 64, 3), CHUNK * CHUNKS, "uint8", about)
+    actions = ClipStore(WORK / "clips" / "actions", (LENGTH - 1,), CHUNK * CHUNKS, "uint8", about)
+    groups = ClipStore(WORK / "clips" / "levels", (1,), CHUNK * CHUNKS, "int64", about)
+    for seed in range(min(map(len, (frames, actions, groups))) // CHUNK, CHUNKS):
+        made = play(seed)
+        for store, rows in ((frames, made.frames), (actions, made.actions), (groups, made.groups[:, None])):
+            if len(store) == seed * CHUNK:
+                store.append(rows.astype(store[:0].dtype))
+        print(f"clips: {len(frames)} of {CHUNK * CHUNKS}", flush=True)
+    return frames
+
+
+def rounded(measures):
+    "Numbers for people and tables."
+    return {name: round(value, 4) for name, value in measures.items()}
+
+
+def tokenizer(steps=None):
+    "Train, measure on held-out levels, ship."
+    how = TOKENIZER | ({"steps": steps} if steps else {})
+    frames, held = clips(), play(10_000, 128, held=True).frames
+    few = held[::4]
+    copies = {f"copy_lag{lag}": copy_psnr(held, lag) for lag in (1, 4)}
+    print("tokenizer:", how, copies, flush=True)
+    model = make_tokenizer("coinrun", how["quantizer"], seed=0)
+
+    def evaluate(model):
+        found = measure_tokenizer(model, few)
+        print("tokenizer: held-out levels,", rounded(found), f"CPU {time.process_time():.0f} s", flush=True)
+        return found
+
+    history = train_tokenizer(
+        model, frames, steps=how["steps"], lr=how["lr"], batch_size=how["batch_size"], warmup=how["warmup"], seed=0,
+        folder=WORK / "tokenizer", save_every=200, evaluate=evaluate, evaluate_every=200, log_every=50, progress=False)
+    found = measure_tokenizer(model, held)
+    ship_tokenizer(model, how, rounded(found), copies, history)
+
+
+def early(steps=None):
+    "Ship before the long run is over: its newest checkpoint, and a few hundred updates of falling rate."
+    newest = list(checkpoints(WORK / "tokenizer").items())
+    if not newest:
+        raise SystemExit(f"there is no checkpoint under {WORK / 'tokenizer'}: start the stage tokenizer first")
+    step, folder = newest[-1]
+    verify_checkpoint(folder)
+    how = TOKENIZER | dict(begun_at=step, steps=steps or 300, lr=TOKENIZER["lr"] / 2, warmup=1)
+    model = make_tokenizer("coinrun", how["quantizer"], seed=0)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    held = play(10_000, 128, held=True).frames
+    history = train_tokenizer(model, clips(), steps=how["steps"], lr=how["lr"], batch_size=how["batch_size"], warmup=1, seed=1,
+                              folder=WORK / f"early-{step}", save_every=100, log_every=50, progress=False)
+    ship_tokenizer(model, how, rounded(measure_tokenizer(model, held)), {f"copy_lag{lag}": copy_psnr(held, lag) for lag in (1, 4)}, history)
+
+
+def ship_tokenizer(model, how, found, copies, history):
+    "Weights, record, curve and log into the package."
+    about = dict(data="CoinRun, easy, plain; training levels 0 to 9999, held-out levels from 100000", clips=CHUNK * CHUNKS, **how,
+                 held_out=found, **{name: rounded(c) for name, c in copies.items()})
+    DEST.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(model, DEST / "coinrun_tokenizer", about)
+    history.round(6).to_csv(DEST / "coinrun_tokenizer.csv", index=False)
+    told = ["command: make artifacts PAPER=genie   (stages clips and tokenizer)",
+            f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
+            f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
+    (DEST / "coinrun_tokenizer.log").write_text("\n".join(told) + "\n", encoding="utf-8")
+    print("shipped:", found, flush=True)
+
+
+def actions(steps=None):
+    "Train the latent action model, measure on held-out levels, ship."
+    how = ACTIONS | ({"steps": steps} if steps else {})
+    frames, held = clips(), play(10_000, 128, held=True)
+    keys, few = KEYS[held.actions], held[::4]
+    print("actions:", how, {"copy": copy_psnr(held.frames)}, flush=True)
+    model = make_latent_actions("coinrun", how["actions"], seed=0, margin=how["margin"])
+    recipe = ActionRecipe(**{name: how[name] for name in ("shift", "free", "balance")})
+
+    def evaluate(model):
+        found = measure_latent_actions(model, few.frames, keys[::4])
+        print("actions: held-out levels,", int(model.updates), rounded(found), f"CPU {time.process_time():.0f} s", flush=True)
+        return found
+
+    every = max(1, min(200, how["steps"] // 5))
+    history = train_latent_actions(
+        model, frames, steps=how["steps"], recipe=recipe, lr=how["lr"], batch_size=how["batch_size"], warmup=how["warmup"], seed=0,
+        folder=WORK / f"actions-{how['steps']}", save_every=every, evaluate=evaluate, evaluate_every=every, log_every=every, progress=False)
+    found = measure_latent_actions(model, held.frames, keys)
+    about = dict(data="CoinRun, easy, plain; training levels 0 to 9999, held-out levels from 100000", clips=CHUNK * CHUNKS, **how,
+                 held_out=rounded(found), truth="keys, in six groups", copy=rounded(copy_psnr(held.frames)))
+    DEST.mkdir(parents=True, exist_ok=True)
+    save_latent_actions(model, DEST / "coinrun_actions", about)
+    history.round(6).to_csv(DEST / "coinrun_actions.csv", index=False)
+    told = ["command: make artifacts PAPER=genie   (stages clips and actions)",
+            f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
+            f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
+    (DEST / "coinrun_actions.log").write_text("\n".join(told) + "\n", encoding="utf-8")
+    print("shipped:", rounded(found), flush=True)
+
+
+LEVERS = {  # name: model, recipe, world; everything else as in the first
+    "as on the page": ({}, {}, {}),
+    "codes from the first update": ({}, dict(free=0.0), {}),
+    "one view": ({}, dict(two_views=False), {}),
+    "places as noise": (dict(mapped=False), {}, {}),
+    "table of times": (dict(clocked=True), {}, {}),
+    "keys that last": ({}, {}, dict(switch=1 / 3)),
+    "step of half a patch": ({}, dict(grid=4), dict(agent=4)),
+    "no shift": ({}, dict(shift=0), {}),
+    "balance times ten": ({}, dict(balance=0.5), {}),
+    "no balance": ({}, dict(balance=0.0), {}),
+    "no spread": (dict(spread=False), {}, {}),
+    "torus": ({}, dict(wrap=True, shift=16), dict(walls=False)),
+    "eight codes": (dict(codes=8), {}, {}),
+    "three codes": (dict(codes=3), {}, {}),
+    "changed pixels count more": ({}, dict(changed=10.0), {}),
+    "difference as input": (dict(difference=True), {}, {}),
+    "margin of half a patch": (dict(margin=4), {}, {}),
+}
+
+
+def levers(steps=None):
+    "Each variant once, on one seed; a row is written as soon as it is there, so the stage can be stopped."
+    steps, path = steps or 450, DEST / "action_levers.csv"
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    DEST.mkdir(parents=True, exist_ok=True)
+    for name, (own, recipe, world) in LEVERS.items():
+        if any(row["variant"] == name for row in rows):
+            continue
+        world = dict(agent=8, blocks=2, switch=1.0) | world
+        switch = world.pop("switch")
+        world = SquareWorld(**world)
+        held = square_clips(200, 6, world, seed=99, switch=switch)
+        own, began = dict(own), time.process_time()
+        torch.manual_seed(0)
+        codes = VectorQuantizer(own.pop("codes", 5), 8, decay=0.95, seed=0)
+        model = LatentActions(STConfig(64, 2, 4, 17, 6), STConfig(64, 2, 4, 16, 6), 8, 32, codes, **own)
+        train_latent_actions(model, square_clips(512, 6, world, seed=1, switch=switch).for_training(), steps=steps, seed=0, progress=False,
+                             recipe=ActionRecipe(**(dict(shift=8, grid=8) | recipe)))
+        found = measure_latent_actions(model, held.frames, square_effects(held.states, None if world.walls else world.size))
+        rows.append(dict(variant=name, updates=steps, **rounded(found)))
+        pd.DataFrame(rows).to_csv(path.with_suffix(".part"), index=False)
+        path.with_suffix(".part").replace(path)
+        print("levers:", rows[-1], f"CPU {time.process_time() - began:.0f} s", flush=True)
+
+
+def main():
+    global WORK, DEST
+    stages = dict(clips=lambda told: clips(), tokenizer=lambda told: tokenizer(told.steps), early=lambda told: early(told.steps),
+                  actions=lambda told: actions(told.steps), levers=lambda told: levers(told.steps))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", nargs="*", help=f"{', '.join(stages)}; none: clips, tokenizer")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of clips and checkpoints")
+    parser.add_argument("--dest", type=Path, default=DEST, help="folder of what is shipped")
+    parser.add_argument("--steps", type=int, help="updates of the tokenizer; a run is continued only with the number it began with")
+    told = parser.parse_args()
+    torch.set_num_threads(1)
+    WORK, DEST = told.work, told.dest
+    unknown = set(told.stage) - set(stages)
+    if unknown:
+        parser.error(f"unknown stage: {', '.join(sorted(unknown))}")
+    for stage in told.stage or ["clips", "tokenizer"]:
+        stages[stage](told)
+
+
+if __name__ == "__main__":
+    main()
