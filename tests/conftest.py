@@ -1,6 +1,7 @@
 "What all tests share."
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -50,3 +51,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+@pytest.fixture(scope="module")
+def browser():
+    "A headless Chromium for one file of tests."
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found:
+        pytest.skip(f"needs a browser on the PATH, one of: {', '.join(names)}")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright for Python")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -5,7 +5,6 @@ import http.client
 import http.server
 import io
 import json
-import shutil
 import struct
 import threading
 import zlib
@@ -596,19 +595,6 @@ def test_missing_parts_are_named(monkeypatch):
 
 
 # -- the page in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if not found:
-        pytest.skip(f"needs a browser on the PATH, one of: {', '.join(names)}")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright for Python")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Visit:
