@@ -619,7 +619,11 @@ def test_a_conversation_on_a_terminal(desk):
     assert "full precision:\r\n  " in shown  # no room for columns
     screen.until("you> ")  # the line editor may draw it more than once: what follows waits for the words themselves
     screen.type("\x03")
-    screen.until("Ctrl-C again leaves")
+    try:
+        screen.until("Ctrl-C again leaves", 20)
+    except AssertionError:  # readline notices a signal that came before it began to wait only with the next one
+        screen.type("\x03")
+        screen.until("Ctrl-C again leaves")
     screen.until("you> ")
     screen.type("/undo\r")
     screen.until("taken back: hello again")
