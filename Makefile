@@ -38,7 +38,7 @@ test: setup
 	@echo '== exported modules, notebooks and README in step'
 	@$(PY) tools/check_sync.py
 	@echo '== notebooks'
-	@OMP_NUM_THREADS=1 .venv/bin/nbdev_test --n_workers 2
+	@$(PY) tools/nb_run.py --check --workers 2
 	@echo '== tests'
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 tests
 
