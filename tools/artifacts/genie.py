@@ -5,7 +5,10 @@ Stages, each of which goes on where it was stopped; `.venv/bin/python tools/arti
 clips       clips of CoinRun (easy, plain) on disk, under `_build/artifacts/genie/clips`: about two minutes, 2.4 GB
 tokenizer   the tokenizer of size `coinrun`, through the shared training loop; about an hour of one core
 early       ships before that run is over: its newest checkpoint after 300 more updates of falling rate, four minutes
-actions     the latent action model of size `coinrun`, six codes, through the same loop
+actions     the latent action model of size `coinrun`, six codes, through the same loop; half an hour
+tokens      the clips as tokens and latent actions, made once, by the two shipped models; seven minutes
+dynamics    the dynamics model of size `coinrun` on these, through the same loop; forty minutes
+legend      what each action does in the shipped game, by the action atlas, and pictures to begin from
 levers      what helps codes to mean something, on the square world: one variant after the other, under a minute each;
             the first is shipped as `square_actions`
 
@@ -27,12 +30,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from glasses_nb.genie.action_atlas import action_atlas, assign_keys, camera_motion
 from glasses_nb.genie.codebooks import VectorQuantizer
+from glasses_nb.genie.dynamics import bootstrap_interval, delta_psnr, load_dynamics, make_dynamics, rollout, save_dynamics, train_dynamics
 from glasses_nb.genie.latent_actions import (
     ActionRecipe,
     LatentActions,
+    load_latent_actions,
     make_latent_actions,
     measure_latent_actions,
     save_latent_actions,
@@ -40,7 +47,7 @@ from glasses_nb.genie.latent_actions import (
     train_latent_actions,
 )
 from glasses_nb.genie.st_transformer import STConfig
-from glasses_nb.genie.tokenizer import make_tokenizer, measure_tokenizer, save_tokenizer, train_tokenizer
+from glasses_nb.genie.tokenizer import load_tokenizer, make_tokenizer, measure_tokenizer, save_tokenizer, train_tokenizer
 from glasses_nb.genie.worlds import ClipStore, SquareWorld, coinrun_clips, copy_psnr, square_clips
 from glasses_nb.train import checkpoints, verify_checkpoint
 
@@ -50,6 +57,8 @@ DEST = ROOT / "glasses_nb" / "artifacts" / "genie"
 LENGTH, CHUNK, CHUNKS = 16, 1000, 12  # frames of a clip, clips of one seed, seeds
 TOKENIZER = dict(quantizer="vq", lr=2e-3, batch_size=4, steps=5500, warmup=100)
 ACTIONS = dict(actions=6, margin=8, lr=1e-3, batch_size=8, steps=3000, warmup=100, shift=8, free=0.3, balance=0.05)
+DYNAMICS = dict(lr=3e-3, batch_size=8, steps=2000, warmup=100)
+PLAY = dict(steps=8, temperature=1.0)
 KEYS = np.array([0, 0, 1, 2, 2, 3, 4, 4, 5, 2, 2, 2, 2, 2, 2])  # left, left and up, rest, up, right, right and up
 
 
@@ -161,6 +170,82 @@ def actions(steps=None):
     print("shipped:", rounded(found), flush=True)
 
 
+def tokens():
+    "Tokens and codes of the training clips, by the shipped models, in stores that can be continued."
+    frames, tokenizer, lam = clips(), load_tokenizer(DEST / "coinrun_tokenizer"), load_latent_actions(DEST / "coinrun_actions")
+    made = {name: json.loads((DEST / f"coinrun_{name}.json").read_text())["sha256"] for name in ("tokenizer", "actions")}
+    ids = ClipStore(WORK / "tokens", (LENGTH, tokenizer.encoder.config.tokens), len(frames), "uint16", dict(tokenizer=made["tokenizer"]))
+    codes = ClipStore(WORK / "codes", (LENGTH - 1,), len(frames), "uint8", dict(actions=made["actions"]))
+    for store, make in ((ids, tokenizer.encode), (codes, lam.infer)):
+        for i in range(len(store), len(frames), 20):
+            store.append(make(torch.from_numpy(np.array(frames[i:i + 20]))).numpy().astype(store[:0].dtype))
+            if i % 2000 == 0:
+                print(f"tokens: {store.folder.name} {i} of {len(frames)}, CPU {time.process_time():.0f} s", flush=True)
+    return ids, codes, tokenizer, lam
+
+
+def dynamics(steps=None):
+    "Train on tokens and codes, measure on held-out levels, ship."
+    how = DYNAMICS | ({"steps": steps} if steps else {})
+    ids, codes, tokenizer, lam = tokens()
+    held = play(10_000, 256, held=True).frames
+    pieces = [held[i:i + 16] for i in range(0, len(held), 16)]
+    true = torch.cat([tokenizer.encode(f) for f in pieces]), torch.cat([lam.infer(f) for f in pieces])
+    model = make_dynamics("coinrun", tokenizer.quantizer.size, lam.actions, seed=0, codebook=lam.codebook())
+
+    def gap(model, draw, horizon, most=len(held)):
+        rows = [delta_psnr(model, true[0][i:i + 32], true[1][i:i + 32], tokenizer.decode, held[i:i + 32], horizon, draw=draw, seed=i, **PLAY)
+                for i in range(0, most, 32)]
+        return pd.concat(rows)
+
+    def evaluate(model):
+        told = gap(model, "shuffled", 4, 64)
+        print("dynamics: held-out levels, PSNR at t = 4", rounded(told.mean().to_dict()), f"CPU {time.process_time():.0f} s", flush=True)
+        return told.mean().to_dict()
+
+    history = train_dynamics(model, ids[:], codes[:], steps=how["steps"], lr=how["lr"], batch_size=how["batch_size"], warmup=how["warmup"], seed=0,
+                             folder=WORK / f"dynamics-{how['steps']}", save_every=100, evaluate=evaluate, evaluate_every=400, log_every=50, progress=False)
+    table = [dict(horizon=t, draw=draw, clip=i, **row) for t in (1, 4) for draw in ("uniform", "empirical", "shuffled")
+             for i, row in enumerate(gap(model, draw, t).round(4).to_dict("records"))]
+    DEST.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(table).to_csv(DEST / "coinrun_gaps.csv", index=False)
+    found = {f"{draw}_{t}": [round(v, 3) for v in bootstrap_interval(rows.gap)] for (t, draw), rows in pd.DataFrame(table).groupby(["horizon", "draw"])}
+    about = dict(data="CoinRun, easy, plain; training levels 0 to 9999, held-out levels from 100000", clips=len(ids), **how, play=PLAY, delta_psnr=found)
+    save_dynamics(model, DEST / "coinrun_dynamics", about)
+    history.round(6).to_csv(DEST / "coinrun_dynamics.csv", index=False)
+    told = ["command: make artifacts PAPER=genie   (stages tokens and dynamics)",
+            f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
+            f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
+    (DEST / "coinrun_dynamics.log").write_text("\n".join(told) + "\n", encoding="utf-8")
+    print("shipped:", found, flush=True)
+
+
+def legend(starts=64, hold=3):
+    "Each code held for some frames of the shipped game, from held-out levels; what moved gives it its name."
+    tokenizer, model = load_tokenizer(DEST / "coinrun_tokenizer"), load_dynamics(DEST / "coinrun_dynamics")
+    clips_held = play(10_000, 256, held=True)
+    first = np.unique(clips_held.groups, return_index=True)[1][:starts]
+    frames = clips_held.frames[first, 8:9]
+    ids, motions = tokenizer.encode(frames), []
+    for code in range(model.actions):
+        made = rollout(model, ids, torch.full((len(ids), hold), code), seed=code, **PLAY)
+        shown = tokenizer.decode(made)
+        motions.append(sum(camera_motion(shown[:, t], shown[:, t + 1]) for t in range(hold)).numpy())
+    motions = np.stack(motions)
+    codes = ClipStore(WORK / "codes", (LENGTH - 1,), CHUNK * CHUNKS, "uint8", dict(actions=json.loads((DEST / "coinrun_actions.json").read_text())["sha256"]))
+    atlas, keys = action_atlas(motions, codes[:]), assign_keys(motions)
+    by_code = {code: key for key, code in keys.items()}
+    atlas["key"] = [by_code.get(code, "") for code in atlas.code]
+    atlas.round(4).to_csv(DEST / "coinrun_atlas.csv", index=False)
+    record = DEST / "coinrun_dynamics.json"
+    told = json.loads(record.read_text(encoding="utf-8"))
+    told["about"] |= dict(names=atlas["name"].tolist(), keys=keys)
+    record.with_suffix(".part").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    record.with_suffix(".part").replace(record)
+    Image.fromarray(np.concatenate(list(frames[:8, 0]), 1)).save(DEST / "coinrun_starts.png", optimize=True)
+    print(atlas.to_string(), keys, flush=True)
+
+
 LEVERS = {  # name: model, recipe, world; everything else as in the first
     "as on the page": ({}, {}, {}),
     "codes from the first update": ({}, dict(free=0.0), {}),
@@ -210,9 +295,10 @@ def levers(steps=None):
 def main():
     global WORK, DEST
     stages = dict(clips=lambda told: clips(), tokenizer=lambda told: tokenizer(told.steps), early=lambda told: early(told.steps),
-                  actions=lambda told: actions(told.steps), levers=lambda told: levers(told.steps))
+                  actions=lambda told: actions(told.steps), tokens=lambda told: tokens(), dynamics=lambda told: dynamics(told.steps),
+                  legend=lambda told: legend(), levers=lambda told: levers(told.steps))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", nargs="*", help=f"{', '.join(stages)}; none: clips, tokenizer")
+    parser.add_argument("stage", nargs="*", help=f"{', '.join(stages)}; none: clips, tokenizer, actions, tokens, dynamics, legend")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of clips and checkpoints")
     parser.add_argument("--dest", type=Path, default=DEST, help="folder of what is shipped")
     parser.add_argument("--steps", type=int, help="updates of the tokenizer; a run is continued only with the number it began with")
@@ -222,7 +308,7 @@ def main():
     unknown = set(told.stage) - set(stages)
     if unknown:
         parser.error(f"unknown stage: {', '.join(sorted(unknown))}")
-    for stage in told.stage or ["clips", "tokenizer"]:
+    for stage in told.stage or ["clips", "tokenizer", "actions", "tokens", "dynamics", "legend"]:
         stages[stage](told)
 
 
