@@ -132,7 +132,7 @@ def ship_tokenizer(model, how, found, copies, history):
     DEST.mkdir(parents=True, exist_ok=True)
     save_tokenizer(model, DEST / "coinrun_tokenizer", about)
     history.round(6).to_csv(DEST / "coinrun_tokenizer.csv", index=False)
-    told = ["command: make artifacts PAPER=genie   (stages clips and tokenizer)",
+    told = [f"command: .venv/bin/python tools/artifacts/genie.py {'clips tokenizer' if 'begun_at' not in how else 'early --steps %d' % how['steps']}",
             f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
             f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
     (DEST / "coinrun_tokenizer.log").write_text("\n".join(told) + "\n", encoding="utf-8")
@@ -172,15 +172,18 @@ def actions(steps=None):
 
 def tokens():
     "Tokens and codes of the training clips, by the shipped models, in stores that can be continued."
-    frames, tokenizer, lam = clips(), load_tokenizer(DEST / "coinrun_tokenizer"), load_latent_actions(DEST / "coinrun_actions")
-    made = {name: json.loads((DEST / f"coinrun_{name}.json").read_text())["sha256"] for name in ("tokenizer", "actions")}
-    ids = ClipStore(WORK / "tokens", (LENGTH, tokenizer.encoder.config.tokens), len(frames), "uint16", dict(tokenizer=made["tokenizer"]))
-    codes = ClipStore(WORK / "codes", (LENGTH - 1,), len(frames), "uint8", dict(actions=made["actions"]))
-    for store, make in ((ids, tokenizer.encode), (codes, lam.infer)):
+    frames, made = clips(), []
+    for name, load, shape, kind in (("tokenizer", load_tokenizer, (LENGTH, 64), "uint16"), ("actions", load_latent_actions, (LENGTH - 1,), "uint8")):
+        model = load(DEST / f"coinrun_{name}")
+        make = model.encode if name == "tokenizer" else model.infer
+        digest = json.loads((DEST / f"coinrun_{name}.json").read_text(encoding="utf-8"))["sha256"]
+        store = ClipStore(WORK / f"rows_of_{name}", shape, len(frames), kind, {name: digest})
         for i in range(len(store), len(frames), 20):
-            store.append(make(torch.from_numpy(np.array(frames[i:i + 20]))).numpy().astype(store[:0].dtype))
+            store.append(make(torch.from_numpy(np.array(frames[i:i + 20]))).numpy().astype(kind))
             if i % 2000 == 0:
-                print(f"tokens: {store.folder.name} {i} of {len(frames)}, CPU {time.process_time():.0f} s", flush=True)
+                print(f"tokens: {name}, {i} of {len(frames)}, CPU {time.process_time():.0f} s", flush=True)
+        made.append((store, model))
+    (ids, tokenizer), (codes, lam) = made
     return ids, codes, tokenizer, lam
 
 
@@ -232,7 +235,8 @@ def legend(starts=64, hold=3):
         shown = tokenizer.decode(made)
         motions.append(sum(camera_motion(shown[:, t], shown[:, t + 1]) for t in range(hold)).numpy())
     motions = np.stack(motions)
-    codes = ClipStore(WORK / "codes", (LENGTH - 1,), CHUNK * CHUNKS, "uint8", dict(actions=json.loads((DEST / "coinrun_actions.json").read_text())["sha256"]))
+    digest = json.loads((DEST / "coinrun_actions.json").read_text(encoding="utf-8"))["sha256"]
+    codes = ClipStore(WORK / "rows_of_actions", (LENGTH - 1,), CHUNK * CHUNKS, "uint8", dict(actions=digest))
     atlas, keys = action_atlas(motions, codes[:]), assign_keys(motions)
     by_code = {code: key for key, code in keys.items()}
     atlas["key"] = [by_code.get(code, "") for code in atlas.code]
