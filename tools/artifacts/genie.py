@@ -163,7 +163,7 @@ def actions(steps=None):
     DEST.mkdir(parents=True, exist_ok=True)
     save_latent_actions(model, DEST / "coinrun_actions", about)
     history.round(6).to_csv(DEST / "coinrun_actions.csv", index=False)
-    told = ["command: make artifacts PAPER=genie   (stages clips and actions)",
+    told = ["command: .venv/bin/python tools/artifacts/genie.py clips actions",
             f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
             f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
     (DEST / "coinrun_actions.log").write_text("\n".join(told) + "\n", encoding="utf-8")
@@ -216,7 +216,7 @@ def dynamics(steps=None):
     about = dict(data="CoinRun, easy, plain; training levels 0 to 9999, held-out levels from 100000", clips=len(ids), **how, play=PLAY, delta_psnr=found)
     save_dynamics(model, DEST / "coinrun_dynamics", about)
     history.round(6).to_csv(DEST / "coinrun_dynamics.csv", index=False)
-    told = ["command: make artifacts PAPER=genie   (stages tokens and dynamics)",
+    told = ["command: .venv/bin/python tools/artifacts/genie.py tokens dynamics legend",
             f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
             f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
     (DEST / "coinrun_dynamics.log").write_text("\n".join(told) + "\n", encoding="utf-8")
