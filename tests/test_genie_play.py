@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 
 from glasses_nb.genie import play
 from glasses_nb.genie.codebooks import VectorQuantizer
-from glasses_nb.genie.dynamics import Dynamics, rollout
+from glasses_nb.genie.dynamics import Dynamics, commit_frame, rollout
 from glasses_nb.genie.play import (
     PICTURE_BYTES,
     ModelEngine,
@@ -261,6 +261,23 @@ def test_the_window_is_forgotten_by_halves(count):
         shown.append(game.act(code))
         assert np.abs(shown[-1].astype(int) - as_pixels(tokenizer.decode(ids))[0, -1]).max() <= 1
     assert len({f.tobytes() for f in shown}) > 1
+
+
+def test_a_frame_is_committed_once(monkeypatch):
+    "Play without going back reads no frame a second time until the window is full; a branch reads only its own."
+    made = []
+    monkeypatch.setattr(play, "commit_frame", lambda *a: made.append(1) or commit_frame(*a))
+    game = ModelEngine(*tiny(frames=6), steps=2)
+    game.begin(noise())
+    for code in (0, 1, 2, 1):
+        game.act(code)
+    assert len(made) == 1  # the picture; what is played is committed as it is made
+    branch = game.copy()
+    game.act(0)
+    branch.act(1)
+    assert len(made) == 1
+    game.act(2)
+    assert len(made) == 1 + 3  # full, and the branch was the last to play: three frames stay
 
 
 def test_branches_do_not_disturb_each_other():

@@ -55,6 +55,52 @@ def test_cached_equals_uncached(config):
 
 
 @FEW
+@given(CONFIGS, st.data())
+def test_looks_leave_kept_frames_alone(config, data):
+    model, clip = made(config)
+    cache, kept = FrameCache(config, 2), data.draw(st.integers(0, config.frames - 1))
+    for t in range(kept):
+        commit(model, clip[:, t], cache)
+    twin = cache.copy()
+    for _ in range(data.draw(st.integers(1, 3))):
+        step(model, torch.randn(2, config.tokens, config.width), cache)
+    assert cache.frames == kept
+    assert torch.equal(cache.pairs[:, :, :, :, :kept], twin.pairs[:, :, :, :, :kept]) and torch.equal(cache.inputs, twin.inputs)
+    assert torch.equal(commit(model, clip[:, kept], cache), commit(model, clip[:, kept], twin))
+    assert torch.equal(cache.pairs, twin.pairs)
+
+
+def test_a_look_does_not_copy_the_past():
+    config = STConfig(8, 2, 2, 3, 4)
+    model, clip = made(config)
+    cache = FrameCache(config, 2)
+    for t in range(3):
+        commit(model, clip[:, t], cache)
+        for layer in range(2):
+            past = cache.past(layer)
+            assert past.shape == (2, 2 * 3, 2, t + 2, 4)
+            assert past.untyped_storage().data_ptr() == cache.pairs.untyped_storage().data_ptr()
+    before = cache.pairs[0, :, :, :, 3].clone()
+    step(model, clip[:, 3], cache)
+    assert not torch.equal(before, cache.pairs[0, :, :, :, 3])  # written in place, behind the kept frames
+    assert FrameCache(STConfig(8, 2, 2, 3, 4, timed=False)).past(0) is None
+
+
+def test_frame_by_frame_has_the_same_gradients():
+    block = STBlock(STConfig(8, 2, 2, 3, 4, qk_norm=True))
+    clip, weight, held, frames = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3, 8), None, []
+    for t in range(4):
+        held = held and tuple(torch.nn.functional.pad(h, (0, 0, 0, 1)) for h in held)
+        y, new = block(clip[:, t : t + 1], held)
+        held = held or new
+        frames.append(y)
+    loop = torch.autograd.grad((torch.cat(frames, 1) * weight).sum(), list(block.parameters()))
+    whole = torch.autograd.grad((block(clip)[0] * weight).sum(), list(block.parameters()))
+    for a, b in zip(loop, whole):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@FEW
 @given(CONFIGS, st.integers(0, 5))
 def test_forgetting_equals_a_fresh_window(config, keep):
     keep = min(keep, config.frames - 1)
@@ -119,6 +165,7 @@ def test_branches_do_not_mix():
     one = FrameCache(config)
     commit(model, clip[:, 0], one)
     two = one.copy()
+    assert one.pairs.untyped_storage().data_ptr() != two.pairs.untyped_storage().data_ptr()
     commit(model, clip[:, 1], two)
     assert (one.frames, two.frames) == (1, 2)
     with torch.no_grad():

@@ -163,7 +163,7 @@ class Player:
         self.started()
         return np.stack([self.engine.copy().act(code) for code in range(len(self.engine.names))])
 
-# %% ../../nbs/genie/66_play.ipynb #892ba3ca
+# %% ../../nbs/genie/66_play.ipynb #a15a7c34
 class _Memory:
     "Keys and values of one game, of dynamics and decoder, that follow whichever branch is played."
 
@@ -179,17 +179,17 @@ class _Memory:
             same += 1
         self.past.kept.frames = self.pixels.frames = same  # what lies behind is overwritten
         self.past.ids, self.past.codes, self.entries = self.past.ids[:same], self.past.codes[:same], list(entries[:same])
-        for ids, code in entries[same:]:
-            commit_frame(dynamics, self.past, ids, code)
-            picture = self.show(ids, code)
+        for entry in entries[same:]:
+            commit_frame(dynamics, self.past, *entry)
+            picture = self.show(entry)
         return picture
 
-    def show(self, ids, code):
-        "The picture of a frame that the dynamics have just committed."
-        self.entries.append((ids, code))
-        return as_pixels(self.models[0].decode_frame(ids, self.pixels))[0]
+    def show(self, entry):
+        "The picture of a frame that the dynamics have just committed; the entry itself is kept, so that `follow` knows it again."
+        self.entries.append(entry)
+        return as_pixels(self.models[0].decode_frame(entry[0], self.pixels))[0]
 
-# %% ../../nbs/genie/66_play.ipynb #620af293
+# %% ../../nbs/genie/66_play.ipynb #3a3b94a5
 class ModelEngine:
     "A tokenizer and a dynamics model, played frame by frame."
 
@@ -232,8 +232,8 @@ class ModelEngine:
         with self._memory.lock:
             self._memory.follow(entries)
             ids = next_frame(self.dynamics, self._memory.past, code, generator=chance, **self.decoding)
-            picture = self._memory.show(ids, code)
-            self._entries, self._time = (*entries, self._memory.entries[-1]), self._time + 1
+            self._entries, self._time = (*entries, (ids, code)), self._time + 1
+            picture = self._memory.show(self._entries[-1])
         return picture
 
     def copy(self):

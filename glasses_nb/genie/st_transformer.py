@@ -46,7 +46,7 @@ class STConfig:
         "F, the width inside the feed-forward layer."
         return max(1, round(self.ffw * self.width))
 
-# %% ../../nbs/genie/62_st_transformer.ipynb #0de721b2
+# %% ../../nbs/genie/62_st_transformer.ipynb #27057267
 class _Attention(nn.Module):
     "Multi-head attention along the last but one axis of (..., S, D)."
 
@@ -66,8 +66,10 @@ class _Attention(nn.Module):
         q, k, v = self.qkv(x).reshape(-1, S, 3, self.heads, self.norm_width).permute(2, 0, 3, 1, 4)  # each (M, H, S, D_h)
         q, k = self.norm_q(q), self.norm_k(k)
         new = (k, v)
-        if past is not None:
-            k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
+        if past is not None:  # one frame more: (M, H, t + 1, D_h), of which the last is written here
+            for room, one in zip(past, new):
+                room[:, :, -1:] = one
+            k, v = past
         o = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and past is None)
         return self.out(o.transpose(1, 2).reshape(*lead, S, -1)), new
 
@@ -160,7 +162,7 @@ def st_parameters(
     block = 4 * times * D * A + 2 * D * config.hidden + norms
     return config.depth * block + (config.tokens + config.frames + 2) * D
 
-# %% ../../nbs/genie/62_st_transformer.ipynb #8365fbd8
+# %% ../../nbs/genie/62_st_transformer.ipynb #74c3e7c0
 class FrameCache:
     "Keys and values in time of committed frames, and the tokens they came from."
 
@@ -185,8 +187,8 @@ class FrameCache:
         return self.config.frames - self.frames
 
     def past(self, layer):
-        "Keys and values of one block, each (B N, H, t, D_h), or None for a first frame."
-        return tuple(self.pairs[layer, :, :, :, :self.frames]) if self.config.timed and self.frames else None
+        "Keys and values of one block, each (B N, H, t + 1, D_h); the last is room for a new frame. None without time."
+        return self.pairs[layer, :, :, :, :self.frames + 1] if self.config.timed else None
 
     def copy(self) -> "FrameCache":
         "An independent cache with the same frames, for another branch of play."
@@ -196,7 +198,7 @@ class FrameCache:
         other.inputs.copy_(self.inputs)
         return other
 
-# %% ../../nbs/genie/62_st_transformer.ipynb #a458e6e0
+# %% ../../nbs/genie/62_st_transformer.ipynb #0fbbf928
 def _pass(model, x, cache, keep, more):
     "One frame through the blocks over the cache."
     c = model.config
@@ -207,15 +209,15 @@ def _pass(model, x, cache, keep, more):
     if cache.room < 1:
         raise ValueError(f"the window is full: {cache.frames} frames of {c.frames}; call forget(model, cache, keep) first")
     t = cache.frames
-    y = (x + model.place + model.moment[t])[:, None]  # (B, 1, N, D)
-    for i, block in enumerate(model.blocks):
-        y, new = block(y, past=cache.past(i), **more)
-        if keep and new is not None:
-            cache.pairs[i, :, :, :, t:t + 1] = torch.stack(new)
+    with torch.inference_mode():
+        y = (x + model.place + model.moment[t])[:, None]  # (B, 1, N, D)
+        for i, block in enumerate(model.blocks):
+            y, _ = block(y, past=cache.past(i), **more)  # which writes behind the frames that are kept
+        y = model.norm(y[:, 0])
     if keep:
         cache.inputs[:, t] = x
         cache.frames = t + 1
-    return model.norm(y[:, 0])
+    return y.clone()
 
 
 @torch.no_grad()
@@ -239,7 +241,7 @@ def commit(
     "Add a final frame to the cache."
     return _pass(model, x, cache, True, more)
 
-# %% ../../nbs/genie/62_st_transformer.ipynb #f05619fa
+# %% ../../nbs/genie/62_st_transformer.ipynb #86fe1259
 @torch.no_grad()
 def forget(
     model: STTransformer,      # in evaluation mode
@@ -247,7 +249,7 @@ def forget(
     keep: int | None = None,   # newest frames that stay, fewer than it holds; None: half of the window
     **more,                    # further inputs of the blocks that are equal for all frames
 ) -> None:
-    "Drop the oldest frames and compute the others anew, so that nothing of the dropped ones remains."
+    "Drop the oldest frames and compute the others anew from the vectors that came in, embeddings of actions included."
     keep = cache.config.frames // 2 if keep is None else keep
     if not 0 <= keep <= cache.frames:
         raise ValueError(f"cannot keep {keep} of the {cache.frames} frames in the cache")

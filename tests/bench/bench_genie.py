@@ -88,8 +88,9 @@ class FrameByFrame(STBlock):
     def forward(self, x, past=None):
         frames, held = [], None
         for t in range(x.shape[1]):
+            held = held and tuple(nn.functional.pad(h, (0, 0, 0, 1)) for h in held)  # room for one more
             y, new = super().forward(x[:, t:t + 1], held)
-            held = new if held is None else tuple(torch.cat([a, b], -2) for a, b in zip(held, new))
+            held = held or new
             frames.append(y)
         return torch.cat(frames, 1), held
 

@@ -12,6 +12,9 @@ legend      what each action does in the shipped game, by the action atlas, and 
 levers      what helps codes to mean something, on the square world: one variant after the other, under a minute each;
             the first is shipped as `square_actions`
 
+The open questions and the cloning of an expert have files of their own: `make artifacts PAPER=genie_counts`,
+`PAPER=genie_joins`, `PAPER=genie_cloning`.
+
 A stage uses one thread. Weights (16 bits), their record, the curve and a log end up in the package. Levels of
 training are 0 to 9999, held-out levels begin at 100 000.
 """
