@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nb_run
 import numpy as np
+import pandas as pd
 import pytest
 from build_docs import outside_fences, page_of, to_myst
 from PIL import Image
@@ -43,6 +45,21 @@ def project(tmp_path):
         return path
 
     return tmp_path, write
+
+
+def test_styled_tables_are_numbered():
+    "pandas names each styled table at random; two runs of a page must not differ by that."
+    table = lambda: pd.DataFrame({"a": [1, 2]}).style.highlight_max()
+    pages = []
+    for _ in range(2):
+        one, two = table(), table()
+        cells = [SimpleNamespace(outputs=[{"data": {"text/html": styled.to_html()}}]) for styled in (one, two, one)]
+        names = {}
+        for cell in cells:
+            nb_run.number_tables(cell, names)
+        pages.append(["".join(cell.outputs[0]["data"]["text/html"]) for cell in cells])
+    assert pages[0] == pages[1]
+    assert pages[0][0] == pages[0][2] != pages[0][1] and "T_1_row1_col0" in pages[0][0] and "T_2_row1_col0" in pages[0][1]
 
 
 def test_pages_that_read_others_run_last():

@@ -76,6 +76,19 @@ def shrink_pictures(cell):
             data["image/png"] = base64.b64encode(shrink_png(png)).decode()
 
 
+def number_tables(cell, names):
+    "Give pandas' styled tables the names T_1, T_2 ... instead of random ones: same run, same outputs."
+    for output in cell.outputs:
+        html = output.get("data", {}).get("text/html")
+        if html:
+            new = re.sub(
+                r"\bT_[0-9a-f]{5}(?![0-9a-zA-Z])",
+                lambda m: names.setdefault(m[0], f"T_{len(names) + 1}"),
+                "".join(html),
+            )
+            output["data"]["text/html"] = new.splitlines(keepends=True)
+
+
 def run_one(path, flags, write):
     "Run one notebook in this interpreter."
     from execnb.nbio import nb2str, read_nb
@@ -86,7 +99,7 @@ def run_one(path, flags, write):
     cfg, path = get_config(), Path(path).absolute()
     skipped = set(cfg.tst_flags.split()) - set(flags)
     sys.path.insert(0, str(cfg.config_path))
-    nb, shell = read_nb(path), CaptureShell(path)
+    nb, shell, names = read_nb(path), CaptureShell(path), {}
     os.chdir(path.parent)
     for number, cell in enumerate(nb.cells, 1):
         if cell.cell_type != "code" or is_skipped(cell, skipped):
@@ -101,6 +114,7 @@ def run_one(path, flags, write):
                 f"\n    {first}\n{shell.prettytb(path.name)}"
             )
         shrink_pictures(cell)
+        number_tables(cell, names)
     if not write:
         return
     nb.metadata["ran"] = code_digest(nb)
