@@ -716,7 +716,7 @@ def test_progress_goes_to_standard_error(stub, inline, tmp_path, capfd):
 # ---- Ray ----
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_running(stub):
     ray = pytest.importorskip("ray")
     before = os.environ.get("PYTHONPATH")

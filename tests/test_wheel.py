@@ -1,6 +1,7 @@
 "The wheel in an empty environment: core dependencies alone are enough."
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ NOT_CORE = ("nbdev", "fastcore", "execnb", "IPython", "pytest", "sphinx", "pytor
 
 
 def run(*command, **kwargs):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # else pip finds the tree and installs nothing
+    kwargs = dict(env=env) | kwargs
     return subprocess.run(
         [str(c) for c in command], capture_output=True, text=True, timeout=600, **kwargs
     )

@@ -57,7 +57,7 @@ def _check_whole(value, name, bound):
         raise ValueError(f"{name} must be a whole number from 0 to {bound - 1}, got {str(value)[:40]!r}")
     return int(value)
 
-# %% ../../nbs/genie/66_play.ipynb #a785acf0
+# %% ../../nbs/genie/66_play.ipynb #44bbf739
 class SquareEngine:
     "The square world, played by its own rule."
 
@@ -80,8 +80,10 @@ class SquareEngine:
         field = ~solid
         field[tuple(self._state)] = False
         typical = lambda which, default: np.median(places[which], 0) if which.any() else default
-        colours = [typical(field, (30,) * 3), typical(solid, (140,) * 3), places[tuple(self._state)]]
-        self._level = solid, np.rint(colours).astype(np.uint8)
+        floor, wall = (np.asarray(typical(*which), float) for which in ((field, (30,) * 3), (solid, (140,) * 3)))
+        floor, wall = np.floor(floor * min(1, 99.9 / max(1, floor.mean()))), np.ceil(wall * max(1, 100 / max(1, wall.mean())))
+        colours = np.clip([floor, wall, np.rint(places[tuple(self._state)])], 0, 255)  # each on its side of the border, so that a level reads as itself
+        self._level = solid, colours.astype(np.uint8)
         return self.world.draw(self._state, *self._level)
 
     def act(self, code):
