@@ -473,14 +473,14 @@ def _resumable(folder):
         typer.echo(said, err=True)
         raise typer.Exit(130)
 
-# %% ../nbs/96_cli_genie.ipynb #e9e872e3
+# %% ../nbs/96_cli_genie.ipynb #8f9ee13b
 GENIE_USUAL = {  # of each model: quick, coinrun, and the paper's sizes
     "tokenizer": (dict(steps=1000, lr=1e-3, batch=8, warmup=50), dict(steps=5500, lr=2e-3, batch=4, warmup=100),
                   dict(steps=300_000, lr=3e-4, batch=48, warmup=10_000)),
     "actions": (dict(steps=400, lr=2e-3, batch=16, warmup=30, kinds=5, margin=0, shift=8, grid=8, free=0.5),
                 dict(steps=3000, lr=1e-3, batch=8, warmup=100, kinds=6, margin=8, shift=8, grid=1, free=0.3),
                 dict(steps=200_000, lr=3e-5, batch=36, warmup=5000, kinds=6, margin=8, shift=8, grid=1, free=0.3)),
-    "dynamics": (dict(steps=1000, lr=3e-3, batch=16, warmup=50), dict(steps=5000, lr=2e-3, batch=8, warmup=100),
+    "dynamics": (dict(steps=1000, lr=3e-3, batch=16, warmup=50), dict(steps=2000, lr=3e-3, batch=8, warmup=100),
                  dict(steps=200_000, lr=3e-5, batch=36, warmup=5000)),
 }
 
