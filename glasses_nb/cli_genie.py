@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORLD_OPTIONS', 'GENIE_USUAL', 'data_record', 'make_data', 'read_record', 'read_store', 'label_data', 'clip_text',
-           'genie_settings', 'evaluation', 'start_frames', 'strip_frames', 'play_world', 'action_names', 'play_engine',
-           'legend', 'export_into']
+           'genie_settings', 'evaluation', 'start_frames', 'strip_frames', 'play_world', 'action_names',
+           'play_settings', 'exported_game', 'play_engine', 'legend', 'export_into']
 
 # %% ../nbs/96_cli_genie.ipynb #335ca300
 import hashlib
@@ -698,14 +698,14 @@ def _truth_of(folder, record, which):
     rows = read_store(place)[0][which]
     if record["world"] == "coinrun":
         return np.array(_GROUPS)[rows]
-    from glasses_nb.genie.latent_actions import square_effects
+    from glasses_nb.genie.action_measures import square_effects
 
     return square_effects(rows)
 
 
 def _row(part, measure, values, seed=0, against=None, what=""):
     "A measure with its interval over clips, or alone."
-    from glasses_nb.genie.dynamics import bootstrap_interval
+    from glasses_nb.genie.control import bootstrap_interval
 
     nan = math.nan
     value, low, high = (values, nan, nan) if isinstance(values, float) else bootstrap_interval(values, seed)
@@ -746,7 +746,7 @@ def _tokenizer_rows(tokenizer, frames, seed):
 def _action_rows(actions, frames, truth, seed):
     "Use of the codes, what they tell of the next frame, and what they have to do with what was done."
     from glasses_nb.genie.codebooks import code_perplexity
-    from glasses_nb.genie.latent_actions import action_delta_psnr, action_nmi, nmi_threshold
+    from glasses_nb.genie.action_measures import action_delta_psnr, action_nmi, nmi_threshold
 
     codes = actions.infer(frames)
     rows = [_row("actions", "perplexity", code_perplexity(codes, actions.actions), against=actions.actions, what="codes")]
@@ -761,7 +761,7 @@ def _dynamics_rows(tokenizer, actions, dynamics, frames, seed, decoding):
     "Frames that are played, with the right codes and with others."
     import torch
 
-    from glasses_nb.genie.dynamics import delta_psnr
+    from glasses_nb.genie.control import delta_psnr
     from glasses_nb.genie.worlds import psnr
 
     batches = [frames[i:i + 16] for i in range(0, len(frames), 16)]
@@ -850,12 +850,13 @@ def _evaluate(data: _DataIn, tokenizer: _TokenizerFile = None, actions: _Actions
         write_whole(json_file, lambda part: part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8"))
         typer.echo(f"wrote {json_file}")
 
-# %% ../nbs/96_cli_genie.ipynb #683e9985
+# %% ../nbs/96_cli_genie.ipynb #5a7b0750
 def start_frames(
     size: int,  # pixels of a side of the game's frames
     seed: int = 0,  # of the levels
     file: Path | None = None,  # a picture, an animation or a video; None: shipped frames, or levels of a world of this size
     most: int = 8,  # frames, from 1
+    world: str | None = None,  # layers: its own pictures
 ):  # (n, size, size, 3), uint8
     "Frames to begin a game from."
     from glasses_nb.genie.worlds import coinrun_clips, read_frames, square_clips
@@ -865,6 +866,10 @@ def start_frames(
 
         frames = read_frames(file, size, 2000)  # spread over a video
         return frames[np.unique(np.linspace(0, len(frames) - 1, most).round().astype(int))]
+    if world == "layers":
+        from glasses_nb.genie.parallax import layered_clips
+
+        return layered_clips(most, 2, seed=seed).frames[:, 0]
     if size == 32:
         return square_clips(most, 2, seed=seed).frames[:, 0]
     if size != 64:
@@ -889,18 +894,19 @@ def strip_frames(
         wide = np.asarray(picture.convert("RGB"))
     return np.stack(np.split(wide, wide.shape[1] // size, axis=1))
 
-# %% ../nbs/96_cli_genie.ipynb #9adb63ba
+# %% ../nbs/96_cli_genie.ipynb #b2d9333c
 def play_world(
-    world: str | None = None,  # square or coinrun; None: CoinRun if its model is shipped
+    world: str | None = None,  # square, coinrun or layers; None: CoinRun if its model is shipped
 ) -> tuple:  # the world; its tokenizer and dynamics, or None and None for a world by its own rule
     "What is played where no model is named."
-    found = [_shipped(f"coinrun_{name}.json") for name in ("tokenizer", "dynamics")]
-    there = None not in found
-    if world == "square" or (world is None and not there):
+    known = {"coinrun": ("coinrun", "genie"), "layers": ("parallax", "genie_parallax")}  # name of the files, and who makes them
+    name, maker = known["coinrun" if world is None else world] if world != "square" else ("", "")
+    found = [_shipped(f"{name}_{part}.json") for part in ("tokenizer", "dynamics")]
+    if world == "square" or (world is None and None in found):
         return "square", None, None
-    if not there:
-        raise OSError("no model of CoinRun is shipped with this installation: make artifacts PAPER=genie makes one; --world square needs none")
-    return "coinrun", *found
+    if None in found:
+        raise OSError(f"no model of {world} is shipped with this installation: make artifacts PAPER={maker} makes one; --world square needs none")
+    return world or "coinrun", *found
 
 # %% ../nbs/96_cli_genie.ipynb #6f3d364a
 def action_names(
@@ -916,12 +922,41 @@ def action_names(
         raise ValueError(f"about.names in {path.name}.json must be {actions} short texts, one a code, got {_short(names)}: give --names, or mend it")
     return tuple(names)
 
-# %% ../nbs/96_cli_genie.ipynb #4bbd4076
+# %% ../nbs/96_cli_genie.ipynb #0ca55d3e
+def play_settings(
+    record: dict,  # of stored dynamics, or of an exported game
+    typed: dict,   # steps and temperature, as far as they are given
+) -> dict:         # those given, then those of the record
+    "How a model is to be played."
+    about = record.get("about")
+    told = about.get("play", {}) if isinstance(about, dict) and not {"steps", "temperature"} <= typed.keys() else {}
+    steps, heat = (told.get("steps", 1), told.get("temperature", 1)) if isinstance(told, dict) else (0, 0)
+    if type(steps) is not int or steps < 1 or type(heat) not in (int, float) or not 0 <= heat < math.inf:
+        raise ValueError(f"about.play in its record must be steps, a whole number from 1, and temperature, a number from 0, got {_short(told)}: "
+                         "give both --steps and --temperature, or mend it")
+    return {k: told[k] for k in ("steps", "temperature") if k in told} | typed
+
+# %% ../nbs/96_cli_genie.ipynb #f5ef1dc4
+def exported_game(
+    path: Path,        # a folder written by `export_into`, or the record in it
+    threads: int = 2,  # of the runtime
+    **decoding,        # steps and temperature
+):                     # an engine and its title
+    "A game of graphs: what plays it, and its title."
+    record = path if path.suffix == ".json" else path / "game.json"
+    if not record.is_file():
+        raise ValueError(f"{path} holds no game.json: glasses-nb genie export writes one; a model is named with --tokenizer and --dynamics")
+    from glasses_nb.genie.export import OnnxEngine, read_game
+
+    how = play_settings(read_game(record.with_suffix("")), decoding)
+    return OnnxEngine(record.with_suffix(""), threads=threads, **how), f"{record.parent.absolute().name}, an exported game"
+
+# %% ../nbs/96_cli_genie.ipynb #f00fa443
 def play_engine(
     tokenizer: Path | None = None,  # stored by `save_tokenizer`, or the folder of a run
     dynamics: Path | None = None,  # stored by `save_dynamics`, or the folder of a run
     names: tuple = (),  # of the actions of a model; (): as its record has them
-    world: str | None = None,  # square or coinrun, where no model is named
+    world: str | None = None,  # square, coinrun or layers, where no model is named
     **decoding,  # steps and temperature of a model
 ):  # an engine and its title
     "The game to be served."
@@ -932,7 +967,7 @@ def play_engine(
     title = None if tokenizer is None else f"{tokenizer.stem} and {dynamics.stem}"
     if tokenizer is None:
         world, tokenizer, dynamics = play_world(world)
-        title = {"square": "the square world, by its own rule", "coinrun": "CoinRun, by a model"}[world]
+        title = {"square": "the square world, by its own rule", "coinrun": "CoinRun, by a model", "layers": "posts before hills, by a model"}[world]
     if tokenizer is None:
         if names or decoding:
             raise ValueError("--names, --steps and --temperature belong to a model: give --tokenizer and --dynamics, or leave them out")
@@ -944,40 +979,52 @@ def play_engine(
     from glasses_nb.genie.tokenizer import load_tokenizer
 
     eyes, (rules, path) = _stored(tokenizer, load_tokenizer, "tokenizer")[0], _stored(dynamics, load_dynamics, "dynamics")
+    decoding = play_settings(_json_of(path.with_name(path.name + ".json"), 10**5), decoding)
     return ModelEngine(eyes, rules, names or action_names(path, rules.actions), **decoding), title
 
-# %% ../nbs/96_cli_genie.ipynb #4f1a1844
+# %% ../nbs/96_cli_genie.ipynb #efcc524c
 _Host = Annotated[str, typer.Option(help="Address to listen at; any but this machine's own lets others in.", metavar="NAME")]
 _Port = Annotated[int, _count("Port; 0 takes any that is free.", 0, 65535)]
 _Players = Annotated[int, _count("Players at a time.", 1, 64)]
 _Seed = Annotated[int, _count("Seed of the levels, and of the game's chance.", 0, 2**32 - 1)]
-_PlayWorld = Annotated[Optional[str], typer.Option("--world", parser=one_of("square", "coinrun"), metavar="NAME",
-                                                   help="square or coinrun, if no model is named [coinrun if its model is here].")]
+_PlayWorld = Annotated[Optional[str], typer.Option("--world", parser=one_of("square", "coinrun", "layers"), metavar="NAME",
+                                                   help="square, coinrun or layers, if no model is named [coinrun if its model is here].")]
 _Frames = Annotated[Optional[Path], typer.Option(help="A picture or video to begin from.", metavar="FILE")]
 _Names = Annotated[Optional[str], typer.Option(help="Names of a model's actions, with commas.", metavar="A,B,...")]
 _Threads = Annotated[int, _count("Threads of a model.", 1, 1024)]
 _Open = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
+_Game = Annotated[Optional[Path], typer.Argument(metavar="[GAME]", help="Folder of an exported game, in place of a world or a model.", show_default=False)]
+_PlayRounds = Annotated[Optional[int], _count("Rounds of refinement of a frame [as the record says, or 8].", 1, 10_000)]
+_PlayHeat = Annotated[Optional[float], _real("Temperature of the tokens [as the record says, or 1].", zero=True)]
 
-# %% ../nbs/96_cli_genie.ipynb #cf969801
+# %% ../nbs/96_cli_genie.ipynb #771c6171
 def _names_of(typed):
     "Names of actions between commas."
     return tuple(name.strip() for name in typed.split(",")) if typed else ()
 
-# %% ../nbs/96_cli_genie.ipynb #737e2292
+
+def _check_alone(game, **typed):
+    "Refuse an exported game beside what would name another, or name its actions."
+    if game is not None and (wrong := [f"--{name}" for name, value in typed.items() if value is not None]):
+        raise ValueError(f"{game} is a game of its own: leave out {', '.join(wrong)}")
+
+# %% ../nbs/96_cli_genie.ipynb #68768621
 @verbs.command("play")
-def _play(world: _PlayWorld = None, tokenizer: _TokenizerFile = None, dynamics: _DynamicsFile = None, frames: _Frames = None, names: _Names = None,
-          steps: _Rounds = None, temperature: _Heat = None, threads: _Threads = 2, seed: _Seed = 0, players: _Players = 4, host: _Host = "127.0.0.1",
-          port: _Port = 8765, open_page: _Open = False):
+def _play(game: _Game = None, world: _PlayWorld = None, tokenizer: _TokenizerFile = None, dynamics: _DynamicsFile = None, frames: _Frames = None,
+          names: _Names = None, steps: _PlayRounds = None, temperature: _PlayHeat = None, threads: _Threads = 2, seed: _Seed = 0, players: _Players = 4,
+          host: _Host = "127.0.0.1", port: _Port = 8765, open_page: _Open = False):
     "Play in the browser, until interrupted."
     decoding = {k: v for k, v in dict(steps=steps, temperature=temperature).items() if v is not None}
-    engine, title = play_engine(tokenizer, dynamics, _names_of(names), world, **decoding)
-    from glasses_nb.genie.play import PlayServer, SquareEngine
+    _check_alone(game, world=world, tokenizer=tokenizer, dynamics=dynamics, names=names)
+    engine, title = play_engine(tokenizer, dynamics, _names_of(names), world, **decoding) if game is None else exported_game(game, threads, **decoding)
+    from glasses_nb.genie.play import SquareEngine
+    from glasses_nb.genie.play_server import PlayServer
 
     if not isinstance(engine, SquareEngine):
         import torch
 
         torch.set_num_threads(threads)
-    starts = start_frames(engine.size, seed, frames)
+    starts = start_frames(engine.size, seed, frames, world=world)
     server = PlayServer(engine, starts, host, port, title=title, players=players, seed=seed)
     if host not in ("127.0.0.1", "localhost", "::1"):
         typer.echo(f"note: whoever reaches {host} can play, and send pictures to be decoded", err=True)
@@ -997,13 +1044,13 @@ def legend(
     engine,  # with the names of its actions
 ) -> list:   # a line for each code
     "Which keys do what."
-    from glasses_nb.genie.play import action_keys
+    from glasses_nb.genie.play_server import action_keys
 
     shown = {" ": "Space", "ArrowLeft": "Left", "ArrowRight": "Right", "ArrowUp": "Up", "ArrowDown": "Down"}
     keys = ["or ".join(f"{shown.get(k, k)} " for k in keys).strip() or "(no key)" for keys in action_keys(engine.names)]
     return [f"  {key:<12}{name or f'code {code}'}" for code, (key, name) in enumerate(zip(keys, engine.names))]
 
-# %% ../nbs/96_cli_genie.ipynb #bd0749e5
+# %% ../nbs/96_cli_genie.ipynb #0fa3dd66
 def export_into(
     folder: Path,                   # made if it is missing
     tokenizer: Path | None = None,  # stored, or the folder of a run; None: the shipped model of CoinRun
@@ -1025,6 +1072,8 @@ def export_into(
 
     (eyes, first), (rules, second) = _stored(tokenizer, load_tokenizer, "tokenizer"), _stored(dynamics, load_dynamics, "dynamics")
     about = {"tokenizer": _weights(first), "dynamics": _weights(second)}
+    if how := play_settings(_json_of(second.with_name(second.name + ".json"), 10**5), {}):
+        about["play"] = how
     return export_game(eyes, rules, folder / "game", names or action_names(second, rules.actions), about)
 
 # %% ../nbs/96_cli_genie.ipynb #b684fd0c

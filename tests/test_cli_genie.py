@@ -1,5 +1,6 @@
 "The verbs of Genie as a shell sees them: data that is killed and goes on, models that learn from frames alone, labels, measures, games."
 
+import base64
 import fcntl
 import importlib.util
 import json
@@ -21,23 +22,27 @@ import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
+from websockets.sync.client import connect
 
 from glasses_nb import cli, cli_genie
 from glasses_nb.cli_genie import (
     action_names,
     data_record,
+    exported_game,
     genie_settings,
     legend,
     make_data,
     play_engine,
+    play_settings,
     play_world,
     read_record,
     read_store,
     start_frames,
 )
 from glasses_nb.genie.codebooks import FSQ
-from glasses_nb.genie.dynamics import make_dynamics, save_dynamics
+from glasses_nb.genie.dynamics import load_dynamics, make_dynamics, save_dynamics
 from glasses_nb.genie.latent_actions import load_latent_actions
+from glasses_nb.genie.parallax import layer_motion
 from glasses_nb.genie.st_transformer import ST_SIZES
 from glasses_nb.genie.tokenizer import (
     load_tokenizer,
@@ -292,7 +297,7 @@ def test_what_is_missing_is_said_before_anything_is_written(tmp_path, monkeypatc
     (["coinrun", "--agent", 4], "--agent 4 belongs to square"), (["coinrun", "--size", 32], "frames of CoinRun have 64 pixels"), (["coinrun", "--mode", "odd"], "'odd' is none of easy, hard"),
     (["square", "--every", 2], "--every 2 belongs to folder"), (["square", "--out", "other"], "other is there and holds no data"), (["square", "--out", "toys/data.json"], "is there and holds no data"),
     (["square", *WORLD, "--seed", 4, "--out", "toys"], "toys holds other data: seed is 4 here and 0 there"), (["toys", "--clips", 3], "toys is made already: leave out --clips 3"),
-    (["toys", "--tokenizer", "keys"], "keys holds no tokenizer.json"), (["toys", "--tokenizer", "gone"], "there is no file"), (["toys", "--actions", "eyes/tokenizer"], "is no record of a latent action model"),
+    (["toys", "--tokenizer", "keys"], "keys holds no tokenizer.json"), (["toys", "--tokenizer", "gone"], "there is no file"), (["toys", "--actions", "eyes/tokenizer"], "is no record of a latent actions model"),
     (["square", "--size", 64, "--agent", 8, "--length", 6, "--tokenizer", "eyes"], "takes frames of 32 x 32 pixels, the data have 64 x 64"),
     (["square", "--length", 7, "--tokenizer", "eyes"], "takes clips of 6 frames at most, the data have 7: make them with --length 6"),
     (["square", "--length", 7, "--actions", "keys"], "latent action model takes clips of 6 frames"),
@@ -654,7 +659,7 @@ def test_the_game_that_is_shipped(tmp_path, monkeypatch):
     Path("coinrun_dynamics.json").unlink()
     assert play_world() == ("square", None, None)
     _, err = call("play", "--world", "coinrun", code=1)
-    assert "no model of CoinRun is shipped with this installation" in err
+    assert "no model of coinrun is shipped with this installation" in err
     Image.new("RGB", (100, 64)).save("coinrun_starts.png")
     with pytest.raises(ValueError, match="frames of 64 x 64 pixels side by side, it has 100 x 64"):
         start_frames(64)
@@ -668,16 +673,85 @@ def test_what_comes_with_the_package():
     starts = start_frames(64)
     frame = engine.begin(starts[0])
     assert frame.shape == engine.act(0).shape == (64, 64, 3) and len(starts) >= 3
+    engine, title = play_engine(world="layers")
+    starts = start_frames(32, world="layers")
+    frame = engine.begin(starts[0])
+    assert title == "posts before hills, by a model" and sorted(engine.names) == ["left", "none", "right"] and np.abs(frame.astype(int) - starts[0]).mean() < 2
+    assert layer_motion(frame, engine.act(engine.names.index("right"))).tolist() == [-4, -8]
 
 
 @pytest.mark.parametrize("args, said", [
-    (["--world", "mars"], "'mars' is none of square, coinrun"), (["--world", "square", "--tokenizer", "eyes", "--dynamics", "rules"], "--world square is played where no model is named"),
+    (["--world", "mars"], "'mars' is none of square, coinrun, layers"), (["--world", "square", "--tokenizer", "eyes", "--dynamics", "rules"], "--world square is played where no model is named"),
     (["--tokenizer", "eyes"], "give both --tokenizer and --dynamics"), (["--world", "square", "--names", "a,b"], "belong to a model"),
     (["--tokenizer", "eyes", "--dynamics", "rules", "--names", "a,b"], "there are 5 actions, got 2 names"), (["--port", 65536], "65536 is too large"),
     (["--tokenizer", "eyes", "--dynamics", "keys"], "keys holds no dynamics.json"), (["--world", "square", "--frames", "toys/data.json"], "is no picture or video"),
 ])  # fmt: skip
 def test_refused_games(desk, args, said):
     refused("play", *args, said=said)
+
+
+PLAYED = {"steps": 3, "temperature": 0.0}
+
+
+@pytest.mark.parametrize("told, typed, found", [
+    (None, {}, {}), ({}, {"steps": 2}, {"steps": 2}), (PLAYED, {}, PLAYED), (PLAYED, {"steps": 7}, {"steps": 7, "temperature": 0.0}), (PLAYED | {"note": "x"}, {}, PLAYED),
+    ({"temperature": 2}, {"steps": 1}, {"steps": 1, "temperature": 2}), ({"steps": "?"}, {"steps": 1, "temperature": 1.0}, {"steps": 1, "temperature": 1.0}),
+])  # fmt: skip
+def test_how_to_play_comes_from_the_record(tmp_path, monkeypatch, told, typed, found):
+    monkeypatch.chdir(tmp_path)
+    assert play_settings({"about": {"play": told}} if told is not None else {"about": "nothing"}, typed) == found
+    save_tokenizer(make_tokenizer("quick"), "eyes")
+    record(**({} if told is None else {"play": told}))
+    engine, _ = play_engine(Path("eyes"), Path("three"), **typed)
+    assert engine.decoding == found
+
+
+@pytest.mark.parametrize("told", [{"steps": 0}, {"steps": 1.5}, {"steps": True}, {"temperature": -1}, {"temperature": float("nan")}, {"temperature": "1"}, [3], "fast", None])
+def test_records_that_say_nothing_sensible_of_play(tmp_path, monkeypatch, told):
+    monkeypatch.chdir(tmp_path)
+    record(play=told)
+    save_tokenizer(make_tokenizer("quick"), "eyes")
+    err = refused("play", "--tokenizer", "eyes", "--dynamics", "three", said="about.play in its record must be steps, a whole number from 1")
+    assert "give both --steps and --temperature" in err
+
+
+def test_an_exported_game_is_played(desk):
+    "Over a socket, in a process of its own: the frames of the graphs, which are those of the model; its record says how."
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from glasses_nb.genie.export import export_game
+
+    names = tuple("abcde")
+    export_game(load_tokenizer("eyes/tokenizer"), load_dynamics("rules/dynamics"), "mine/game", names, {"play": PLAYED})
+    model = play_engine(Path("eyes"), Path("rules"), **PLAYED)[0]
+    want = [model.begin(start_frames(32)[1]), *(model.act(code) for code in (3, 0, 4))]
+    with start("play", "mine", "--port", 0, "--threads", 1) as child:
+        try:
+            lines = [child.stdout.readline()]
+            while "http://" not in lines[-1]:
+                assert lines[-1], child.stderr.read()
+                lines.append(child.stdout.readline())
+            url = lines[-1].rpartition(": ")[2].split()[0]
+            with connect(url.replace("http", "ws") + "socket") as line:
+                hello, seen = json.loads(line.recv()), []
+                for message in ({"do": "start", "index": 1}, *({"do": "act", "code": code} for code in (3, 0, 4))):
+                    line.send(json.dumps(message))
+                    seen.append(np.frombuffer(base64.b64decode(json.loads(line.recv())["pixels"]), np.uint8).reshape(32, 32, 3))
+        finally:
+            child.send_signal(signal.SIGINT)
+            rest = child.communicate(timeout=30)
+    assert (child.returncode, rest) == (0, ("\nended\n", ""))
+    assert hello["title"] == "mine, an exported game" and [a["name"] for a in hello["actions"]] == list(names)
+    assert np.abs(np.array(seen).astype(int) - np.array(want)).max() <= 2
+    engine, title = exported_game(Path("mine/game.json"), steps=5)
+    assert engine.decoding == PLAYED | {"steps": 5} and title == hello["title"]
+    for line, said in ((["mine", "--names", "v,w,x,y,z", "--world", "square"], "mine is a game of its own: leave out --world, --names"), (["eyes"], "eyes holds no game.json"),
+                       (["mine", "--tokenizer", "eyes", "--dynamics", "rules"], "leave out --tokenizer, --dynamics")):
+        refused("play", *line, said=said)
+    Path("mine/game.step.onnx").write_bytes(b"no graph")
+    refused("play", "mine", said="game.step.onnx is missing, damaged")
+    Path("mine/game.json").write_text("{}")
+    refused("play", "mine", said="game.json cannot be read as the record of a game")
 
 
 # -- export

@@ -1,19 +1,23 @@
 "Sweeps of the action atlas: block matching, names, keys, bad input."
 
-from itertools import permutations
+import json
+from itertools import permutations, product
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glasses_nb.genie.action_atlas import action_atlas, assign_keys, block_flow, code_motions, draw_atlas, frame_motion
+from glasses_nb.genie.action_atlas import action_atlas, assign_keys, best_assignment, block_flow, code_motions, draw_atlas, frame_motion
 from glasses_nb.genie.codebooks import VectorQuantizer
 from glasses_nb.genie.latent_actions import LatentActions
+from glasses_nb.genie.play_server import action_keys
 from glasses_nb.genie.st_transformer import STConfig
 from glasses_nb.genie.worlds import SquareWorld, square_clips
+from glasses_nb.hub import artifact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = settings(max_examples=25, deadline=None)
@@ -66,6 +70,42 @@ def test_keys_are_the_best_of_all_assignments(codes, seed):
     assert best is None or got == pytest.approx(best)
 
 
+@FEW
+@given(st.integers(1, 16), st.integers(0, 999))
+def test_no_two_codes_have_one_name_and_the_clearest_keeps_it(codes, seed):
+    rng = np.random.default_rng(seed)
+    centres = np.array(list(TRUE.values()))[rng.integers(5, size=codes)] * 5
+    motions = centres[:, None] + rng.choice([0.0, 3.0], size=(codes, 1, 1)) * rng.normal(size=(codes, 12, 2)) * (centres != 0).any(1)[:, None, None]
+    atlas = action_atlas(motions)
+    assert atlas.name.is_unique
+    plain = atlas.name.str.split(" ").str[0]
+    assert set(plain) <= {*TRUE, "other"}
+    size = np.linalg.norm(motions, axis=-1, keepdims=True)
+    unit = (motions / np.maximum(size, 1e-9) * (size > 0.5)).mean(1)
+    for name, arrow in TRUE.items():
+        agree = (size[..., 0] <= 0.5).mean(1) if name == "stay" else unit @ np.array(arrow)
+        ranked = sorted(np.flatnonzero(plain == name), key=lambda k: -agree[k])
+        assert list(atlas.name[ranked]) == [name, *(f"{name} {i}" for i in range(2, len(ranked) + 1))][: len(ranked)]
+
+
+@FEW
+@given(st.integers(0, 4), st.integers(1, 5), st.integers(0, 999))
+def test_the_best_assignment_is_the_best_of_all(rows, columns, seed):
+    score = np.random.default_rng(seed).normal(size=(rows, columns))
+    ways = [w for w in product(range(-1, columns), repeat=rows) if len({k for k in w if k >= 0}) == sum(k >= 0 for k in w)]
+    worth = lambda way: sum(score[i, k] for i, k in enumerate(way) if k >= 0)
+    assert best_assignment(score) == max(ways, key=worth)
+
+
+def test_the_shipped_legend_fits_its_game():
+    atlas = pd.read_csv(artifact("genie", "coinrun_atlas.csv"), keep_default_na=False)
+    about = json.loads(artifact("genie", "coinrun_dynamics.json").read_text(encoding="utf-8"))["about"]
+    assert atlas.name.is_unique and atlas.name.tolist() == about["names"]
+    assert {row.key: row.code for row in atlas.itertuples() if row.key} == about["keys"]
+    arrows = {f"Arrow{key.capitalize()}": code for key, code in about["keys"].items() if key != "stay"}
+    assert {keys[0]: code for code, keys in enumerate(action_keys(about["names"])) if len(keys) > 1} == arrows
+
+
 def test_two_codes_for_one_arrow_share_nothing():
     motions = np.array([[[-4.0, 0]] * 5, [[-4.0, 1.0]] * 5, [[0.0, 0.0]] * 5])
     assert assign_keys(motions) == {"left": 0, "stay": 2}
@@ -82,7 +122,7 @@ def test_an_untrained_model_moves_nothing():
     motions = code_motions(tiny(), clips.frames[:, 0], block=2, reach=2)
     assert motions.shape == (3, 6, 2) and (motions == 0).all()
     atlas = action_atlas(motions, [[0, 1], [2, 2]])
-    assert list(atlas.name) == ["stay"] * 3 and atlas.share.sum() == 1
+    assert list(atlas.name) == ["stay", "stay 2", "stay 3"] and atlas.share.sum() == 1
 
 
 def test_the_legend_says_name_and_key():
@@ -108,5 +148,9 @@ def test_bad_input():
     for shape in ((3, 2), (3, 0, 2), (3, 4, 3)):
         with pytest.raises(ValueError, match="motions"):
             action_atlas(np.zeros(shape))
-    with pytest.raises(ValueError, match="1 to 16"):
-        assign_keys(np.zeros((0, 2, 2)))
+    for shape in ((0, 2, 2), (17, 2, 2), (3, 2), (3, 2, 3)):
+        with pytest.raises(ValueError, match="1 to 16"):
+            assign_keys(np.zeros(shape))
+    for score in (np.zeros(3), np.zeros((2, 0)), np.zeros((2, 17)), [[np.inf]], [[np.nan]]):
+        with pytest.raises(ValueError, match="score must be finite"):
+            best_assignment(score)

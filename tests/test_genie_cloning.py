@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from glasses_nb.genie.cloning import (
     CloneAgent,
     ClonePolicy,
-    CoinRunLevels,
     KeyAgent,
     LabelledSteps,
     SquareGoals,
@@ -24,15 +23,14 @@ from glasses_nb.genie.cloning import (
     action_chances,
     code_dictionary,
     expert_videos,
-    fastest_tries,
     goal_distances,
     goal_expert,
     join_videos,
     label_videos,
     play_games,
-    replay_tries,
     train_clone,
 )
+from glasses_nb.genie.cloning_coinrun import CoinRunLevels, fastest_tries, replay_tries
 from glasses_nb.genie.worlds import COINRUN_WEIGHTS, SquareWorld
 from glasses_nb.hub import artifact
 

@@ -1,4 +1,4 @@
-"Sweeps of the dynamics: joins, masks, decoding, caches, kills, two processes, stored models, bad input."
+"Sweeps of the dynamics: joins, masks, kills, two processes, stored models, bad input."
 
 import json
 import math
@@ -13,26 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glasses_nb.genie.decoding import rollout
 from glasses_nb.genie.dynamics import (
     JOINS,
     Dynamics,
-    DynamicsCache,
     Masking,
     TokenClips,
-    bootstrap_interval,
-    code_gap,
-    commit_frame,
-    delta_psnr,
     dynamics_loss,
-    fill_frame,
-    forget_frames,
-    frame_logits,
     hide_tokens,
     load_dynamics,
     make_dynamics,
-    mask_counts,
-    next_frame,
-    rollout,
     save_dynamics,
     train_dynamics,
 )
@@ -192,228 +182,6 @@ def test_untrained_loss_is_the_logarithm_of_the_vocabulary():
 def test_bad_masking(bad):
     with pytest.raises(ValueError, match="rates must|shares must"):
         Masking(**bad)
-
-
-# ---- decoding ----
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 400), st.data())
-def test_counts(N, data):
-    S = data.draw(st.integers(1, N))
-    counts = mask_counts(N, S)
-    assert len(counts) == S and counts[-1] == 0
-    assert all(a > b for a, b in zip([N, *counts], counts))
-    for s, left in enumerate(counts, 1):
-        formula = math.floor(N * math.cos(math.pi / 2 * s / S))
-        assert left == formula or left == max([N, *counts][s - 1] - 1, 0) or left == S - s
-
-
-@FEW
-@given(st.integers(0, 99), st.integers(1, 6), st.sampled_from(["confidence", "random"]), st.sampled_from(["constant", "rising", "falling"]),
-       st.floats(0, 3), st.floats(0, 3))
-def test_decoding_fills_everything_and_keeps_what_is_fixed(seed, steps, order, anneal, heat, noise):
-    model, seen = made(seed=seed), []
-    cache = DynamicsCache(model, 2)
-    commit_frame(model, cache, clip(seed)[0][:, 0])
-
-    def look(ids):
-        seen.append(ids)
-        return frame_logits(model, cache, ids, 1)
-
-    out = fill_frame(look, torch.full((2, 6), 5), 5, steps, heat, seeded(seed), order, anneal, noise)
-    assert out.min() >= 0 and out.max() < 5
-    assert [int((z[0] == 5).sum()) for z in seen] == [6, *mask_counts(6, steps)][:-1]
-    for a, b in zip(seen, [*seen[1:], out]):
-        assert torch.equal(torch.where(a == 5, b, a), b)
-
-
-def test_temperature_changes_entropy():
-    logits = torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0]).expand(4000, 1, 5)
-    entropy = []
-    for heat in (0.0, 0.25, 1.0, 4.0):
-        out = fill_frame(lambda z: logits, torch.full((4000, 1), 5), 5, 1, heat, seeded())
-        p = torch.bincount(out[:, 0], minlength=5) / 4000
-        if heat:
-            torch.testing.assert_close(p, (logits[0, 0] / heat).softmax(-1), atol=0.03, rtol=0)
-        entropy.append(-torch.special.xlogy(p, p).sum().item())
-    assert entropy[0] == 0 and entropy == sorted(entropy) and entropy[1] < 0.2 and entropy[3] > 1.5
-
-
-def test_branches_share_luck():
-    "One seed and other logits: most draws agree, and the generator ends in the same state."
-    base = torch.randn(1, 64, 5, generator=seeded()) * 2
-    near = base + 0.01 * torch.randn(1, 64, 5, generator=seeded(1))
-    ends, outs = [], []
-    for logits in (base, near):
-        g = seeded(2)
-        outs.append(fill_frame(lambda z: logits, torch.full((1, 64), 5), 5, 8, 1.0, g))
-        ends.append(g.get_state())
-    assert torch.equal(*ends) and (outs[0] == outs[1]).float().mean() > 0.9
-
-
-# ---- caches ----
-
-
-@FEW
-@given(st.sampled_from(JOINS), st.integers(0, 99), st.integers(1, 4), st.booleans(), st.integers(1, 3))
-def test_cached_equals_uncached(join, seed, window, qk_norm, batch):
-    model = made(join, seed, STConfig(16, 2, 2, 6, window, ffw=5.0, qk_norm=qk_norm))
-    ids, codes = clip(seed, batch=batch, frames=window)
-    fast, slow = DynamicsCache(model, batch), DynamicsCache(model, batch, keep=False)
-    for t in range(window):
-        code = codes[:, t - 1] if t else None
-        draft = ids[:, t].clone()
-        draft[:, ::2] = 5
-        a, b = (frame_logits(model, c, draft, code) for c in (fast, slow))
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-        commit_frame(model, fast, ids[:, t], code), commit_frame(model, slow, ids[:, t], code)
-    assert fast.room == slow.room == 0
-    with pytest.raises(ValueError, match="window is full"):
-        commit_frame(model, fast, ids[:, 0], 0)
-    with torch.no_grad():
-        whole = model(ids, codes)[:, -1]
-    last = DynamicsCache(model, batch, keep=False)
-    for t in range(window - 1):
-        commit_frame(model, last, ids[:, t], codes[:, t - 1] if t else None)
-    torch.testing.assert_close(frame_logits(model, last, ids[:, -1], codes[:, -1] if window > 1 else None), whole, atol=1e-6, rtol=0)
-
-
-@FEW
-@given(st.sampled_from(JOINS), st.integers(0, 99), st.integers(0, 4))
-def test_forgetting_is_the_model_on_what_remains(join, seed, keep):
-    model, (ids, codes) = made(join, seed), clip(seed)
-    cache = DynamicsCache(model, 2)
-    for t in range(4):
-        commit_frame(model, cache, ids[:, t], codes[:, t - 1] if t else None)
-    forget_frames(model, cache, keep)
-    assert cache.frames == keep and cache.kept.frames == keep
-    if keep < 4:
-        new = torch.full((2, 6), 5)
-        code = 1 if keep else None
-        with torch.no_grad():
-            clip_ids = torch.cat([ids[:, 4 - keep:], new[:, None]], 1)
-            clip_codes = torch.cat([codes[:, 4 - keep:], torch.full((2, 1), 1)], 1) if keep else codes[:, :0]
-            wanted = model(clip_ids, clip_codes)[:, -1]
-        torch.testing.assert_close(frame_logits(model, cache, new, code), wanted, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("join", JOINS)
-@pytest.mark.parametrize("heat, order", [(0.0, "confidence"), (1.0, "random")])
-def test_rollouts_agree_far_beyond_the_window(join, heat, order):
-    model, (ids, _) = made(join, 3), clip(3)
-    codes = torch.randint(3, (2, 13), generator=seeded(4))
-    one, two = (rollout(model, ids[:, :2], codes, 5, keep, steps=3, temperature=heat, order=order) for keep in (True, False))
-    assert one.shape == (2, 14, 6) and torch.equal(one, two) and torch.equal(one[:, :2], ids[:, :2])
-
-
-def test_looking_and_branches_leave_no_trace():
-    model, (ids, codes) = made(), clip()
-    cache = DynamicsCache(model, 2)
-    commit_frame(model, cache, ids[:, 0])
-    before = [frame_logits(model, cache, ids[:, 1], 0) for _ in range(2)]
-    branch = cache.copy()
-    next_frame(model, branch, 1, steps=2, generator=seeded())
-    branch.kept.pairs.zero_()
-    assert torch.equal(*before) and torch.equal(frame_logits(model, cache, ids[:, 1], 0), before[0])
-    assert (cache.frames, branch.frames) == (1, 2)
-    frame = ids[:, 1].clone()
-    commit_frame(model, cache, frame, torch.tensor([0, 1]))
-    frame.zero_()
-    assert torch.equal(cache.ids[1], ids[:, 1])
-
-
-def test_codes_may_be_a_number_or_one_a_game():
-    model, (ids, _) = made(), clip()
-    cache = DynamicsCache(model, 2)
-    commit_frame(model, cache, ids[:, 0])
-    logits = [frame_logits(model, cache, ids[:, 1], c) for c in (2, np.int64(2), torch.tensor(2), [2, 2], torch.tensor([2, 2], dtype=torch.int32))]
-    assert all(torch.equal(l, logits[0]) for l in logits)
-    for bad in (2.0, [0, 1, 2], torch.zeros(2, 1, dtype=torch.long)):
-        with pytest.raises(ValueError, match="whole number, or 2"):
-            frame_logits(model, cache, ids[:, 1], bad)
-    for bad in (3, -1, [0, 3]):
-        with pytest.raises(ValueError, match="codes must lie in 0 to 2"):
-            next_frame(model, cache, bad, steps=2)
-
-
-def test_refusals_of_the_cache():
-    model, (ids, codes) = made(), clip()
-    cache = DynamicsCache(model, 2)
-    for call, message in [
-        (lambda: DynamicsCache(model, 0), "batch"), (lambda: next_frame(model, cache, 0), "no frame to start"),
-        (lambda: commit_frame(model, cache, ids[:, 0], 0), "no action before"), (lambda: commit_frame(model, cache, ids[:1, 0]), "a frame must have shape"),
-        (lambda: commit_frame(model, cache, ids[:, 0] * 0 + 5), "no masks"), (lambda: forget_frames(model, cache, 1), "cannot keep 1"),
-        (lambda: rollout(model, ids, codes[:, :1]), "3 or more"), (lambda: rollout(model, ids[:, :1], codes, steps=7), "1 to 6"),
-        (lambda: rollout(model, ids[:, :1], codes, temperature=math.nan), "numbers from 0"), (lambda: rollout(model, ids[:, :1], codes, noise=-1), "numbers from 0"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            call()
-    assert cache.frames == 0 and cache.kept.frames == 0
-
-
-# ---- control ----
-
-
-def painter(obedient=True):
-    model = made(codes=3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-        model.net.norm.weight.fill_(1)
-        if obedient:
-            model.codebook.copy_(torch.eye(3, 4))
-            model.entry.project.weight[:3, :3] = torch.eye(3)
-            model.head.weight[:, :3] = 10 * torch.eye(3)
-    return model
-
-
-def test_the_gap_of_a_painter():
-    "The action is the picture: with true codes all is right, with drawn ones as much as they agree."
-    codes = torch.randint(3, (300, 3), generator=seeded(1))
-    ids = torch.cat([torch.zeros(300, 1, dtype=torch.long), codes], 1)[..., None].expand(-1, -1, 6).contiguous()
-    score = lambda truth, ids: (truth[:, -1] == ids[:, -1]).float().mean(-1)
-    for draw in ("uniform", "empirical", "shuffled"):
-        gap = code_gap(painter(), ids, codes, score, horizon=3, draw=draw, steps=2, temperature=0.0)
-        assert gap["guided"].min() == 1 and abs(gap["drawn"].mean() - 1 / 3) < 0.1
-        deaf = code_gap(painter(False), ids, codes, score, horizon=3, draw=draw, steps=2, temperature=0.5)
-        assert (deaf["gap"] == 0).all()  # same seed in both branches
-    skewed = codes.clone()
-    skewed[:, :] = 1
-    same = code_gap(painter(), skewed[..., None].expand(-1, -1, 6)[:, [0, 0, 1, 2]], skewed, score, horizon=3, steps=2, temperature=0.0)
-    assert (same["gap"] == 0).all()  # the empirical distribution has one code
-    wild = code_gap(painter(), skewed[..., None].expand(-1, -1, 6)[:, [0, 0, 1, 2]], skewed, score, horizon=3, draw="uniform", steps=2, temperature=0.0)
-    assert wild["gap"].mean() > 0.5
-
-
-def test_delta_psnr_of_a_painter():
-    codes = torch.randint(3, (64, 3), generator=seeded(1))
-    ids = torch.cat([torch.zeros(64, 1, dtype=torch.long), codes], 1)[..., None].expand(-1, -1, 6).contiguous()
-    decode = lambda z: np.repeat(np.asarray(z, np.float32)[..., None, None] / 2, 3, -1).reshape(*z.shape[:2], 2, 3, 3)
-    gap = delta_psnr(painter(), ids, codes, decode, horizon=2, most=30.0, steps=2, temperature=0.0)
-    assert (gap["guided"] == 30).all() and gap["gap"].mean() > 10 and gap["gap"].min() >= 0
-    frames = (np.asarray(decode(ids)) * 255).astype(np.uint8)
-    given_frames = delta_psnr(painter(), ids, codes, decode, frames, horizon=2, most=30.0, steps=2, temperature=0.0)
-    np.testing.assert_allclose(given_frames["gap"], gap["gap"], atol=0.1)
-    for call, message in [(lambda: delta_psnr(painter(), ids, codes, decode, horizon=4), "horizon"), (lambda: delta_psnr(painter(), ids, codes, decode, horizon=2, draw="all"), "draw must"),
-                          (lambda: delta_psnr(painter(), ids, codes, decode, frames[:3], horizon=2), "frames")]:
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_bootstrap_interval_covers():
-    rng, inside = np.random.default_rng(0), 0
-    for i in range(200):
-        mean, low, high = bootstrap_interval(rng.normal(1.0, 2.0, 60), seed=i, draws=400)
-        inside += low <= 1.0 <= high
-        assert low < mean < high
-    assert 180 <= inside <= 199
-    assert bootstrap_interval([3.0, 3.0]) == (3.0, 3.0, 3.0)
-    half = bootstrap_interval(np.arange(50.0), level=0.5), bootstrap_interval(np.arange(50.0), level=0.99)
-    assert half[0][2] - half[0][1] < half[1][2] - half[1][1]
-    for bad in ([], [math.nan]):
-        with pytest.raises(ValueError, match="finite"):
-            bootstrap_interval(bad)
 
 
 # ---- stored models ----

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glasses_nb.genie.codebooks import FSQ, VectorQuantizer
-from glasses_nb.genie.dynamics import JOINS, Dynamics, DynamicsCache, commit_frame, fill_frame, frame_logits
+from glasses_nb.genie.decoding import DynamicsCache, commit_frame, fill_frame, frame_logits
+from glasses_nb.genie.dynamics import JOINS, Dynamics
 from glasses_nb.genie.export import OnnxEngine, _Decode, _Encode, _file, _graph_bytes, _inputs, _Slots, _Step, export_game, fill_tokens, game_facts, read_game
-from glasses_nb.genie.play import ModelEngine, Player, PlayTalk
+from glasses_nb.genie.play import ModelEngine, Player
+from glasses_nb.genie.play_server import PlayTalk
 from glasses_nb.genie.st_transformer import STConfig
 from glasses_nb.genie.tokenizer import VideoTokenizer
 

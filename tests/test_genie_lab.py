@@ -10,7 +10,7 @@ import time
 import pytest
 
 CELLS = [
-    "from glasses_nb.genie.play import PlayServer, SquareEngine\nfrom glasses_nb.genie.worlds import square_clips",
+    "from glasses_nb.genie.play import SquareEngine\nfrom glasses_nb.genie.play_server import PlayServer\nfrom glasses_nb.genie.worlds import square_clips",
     "game = PlayServer(SquareEngine(), square_clips(4, 2, seed=3).frames[:, 0], port=0).start()\ngame",
 ]
 

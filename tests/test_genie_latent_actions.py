@@ -1,9 +1,7 @@
-"Sweeps of the latent action model: who sees what, bits, collapse, training without actions, storage, bad input."
+"Sweeps of the latent action model: who sees what, bits, training without actions, storage, bad input."
 
 import json
-import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,19 +11,12 @@ from glasses_nb.genie.codebooks import FSQ, VectorQuantizer, code_perplexity
 from glasses_nb.genie.latent_actions import (
     ActionRecipe,
     LatentActions,
-    action_delta_psnr,
-    action_nmi,
     copy_units,
     latent_action_facts,
     load_latent_actions,
     make_latent_actions,
-    measure_latent_actions,
-    nmi_threshold,
-    other_codes,
-    play_codes,
     save_latent_actions,
     shifted_clips,
-    square_effects,
     train_latent_actions,
 )
 from glasses_nb.genie.st_transformer import ST_SIZES, STConfig
@@ -178,11 +169,11 @@ def test_damaged_files_are_refused(tmp_path):
     changes.append(("encoder", dict(told["latent_actions"]["encoder"], width=10**6)))
     for name, value in changes:
         record.write_text(json.dumps({**told, "latent_actions": {**told["latent_actions"], name: value}}))
-        with pytest.raises(ValueError, match="describes no latent action model"):
+        with pytest.raises(ValueError, match="describes no latent actions model"):
             load_latent_actions(tmp_path / "m")
     other = dict(told["latent_actions"], difference=True)
     record.write_text(json.dumps({**told, "latent_actions": other}))
-    with pytest.raises(ValueError, match="does not fit its record"):
+    with pytest.raises(ValueError, match="do not fit their record: change"):
         load_latent_actions(tmp_path / "m")
     for text in ("", "{}", "[1]", "null", '{"latent_actions": 3, "sha256": ""}', " " * 100_001):
         record.write_text(text)
@@ -210,69 +201,6 @@ def test_views_shift_by_whole_steps(most, grid, wrap, seed):
             fits = [(r, c) for r in range(-n, n + 1) for c in range(-n, n + 1)
                     if torch.equal(a, pad[:, most + r * grid :][:, :12, most + c * grid :][:, :, :10])]
         assert fits
-
-
-@FEW
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 999))
-def test_nmi_is_symmetric_and_bounded(a, b, seed):
-    rng = np.random.default_rng(seed)
-    x, y = rng.integers(0, a, 200), rng.integers(0, b, 200)
-    assert 0 <= action_nmi(x, y) <= 1 and math.isclose(action_nmi(x, y), action_nmi(y, x), abs_tol=1e-12)
-    assert math.isclose(action_nmi(x, (x + 1) % a), 1.0 if len(set(x)) > 1 else 0.0, abs_tol=1e-9)
-
-
-def test_threshold_rises_with_fewer_clips():
-    rng = np.random.default_rng(0)
-    few, many = (nmi_threshold(rng.integers(0, 5, (n, 4)), rng.integers(0, 5, (n, 4))) for n in (10, 400))
-    assert few > 3 * many > 0
-
-
-def test_shuffles_keep_clips_together():
-    codes = np.repeat(np.arange(4)[:, None], 50, 1)  # one code a clip: 200 steps, but only four clips
-    assert nmi_threshold(codes, codes) == pytest.approx(1.0)
-
-
-def test_effects_on_torus_and_walls():
-    states = np.array([[[0, 0], [0, 6], [6, 6], [0, 6], [0, 0], [0, 0]]])
-    assert square_effects(states, 8).tolist() == [[1, 3, 4, 2, 0]]
-    assert square_effects(states).tolist() == [[2, 4, 3, 1, 0]]
-
-
-def test_measures_agree_with_their_parts():
-    clips, model = film(12), tiny(5)
-    found = measure_latent_actions(model, clips.frames, square_effects(clips.states, 8))
-    codes = model.infer(clips.frames)
-    assert found["perplexity"] == code_perplexity(codes, 5)
-    for draw in ("uniform", "marginal", "shuffled"):
-        assert found[f"delta_{draw}"] == pytest.approx(action_delta_psnr(model, clips.frames, draw).mean())
-    assert set(measure_latent_actions(model, clips.frames)) == set(found) - {"nmi", "nmi_chance"}
-    one = action_delta_psnr(model, clips.frames, horizon=1)
-    assert one.shape == (12,) and not np.allclose(one, action_delta_psnr(model, clips.frames, horizon=4))
-
-
-def test_collapsed_codes_have_no_honest_gap():
-    model = tiny(4)
-    model.quantizer.codebook[1:] = -model.quantizer.codebook[:1]
-    for _ in range(20):  # until one code takes all
-        codes = model.infer(film(12).frames)
-        if len(codes.unique()) == 1:
-            break
-        with torch.no_grad():
-            model.to_code.weight.zero_()
-    assert len(codes.unique()) == 1
-    assert np.abs(action_delta_psnr(model, film(12).frames, "marginal")).max() == 0
-    assert np.abs(action_delta_psnr(model, film(12).frames, "shuffled")).max() == 0
-    assert np.abs(action_delta_psnr(model, film(12).frames, "uniform")).max() > 0
-
-
-def test_playing_on_feeds_back_own_frames():
-    model, x = tiny(), torch.rand(2, 1, 8, 8, 3)
-    codes = torch.randint(3, (2, 4))
-    made = play_codes(model, x, codes)
-    history = x
-    for t in range(4):
-        history = torch.cat([history, model.predict(history, codes[:, : t + 1])[:, -1:]], 1)
-    torch.testing.assert_close(made, history[:, 1:])
 
 
 def test_copy_units_by_hand():
@@ -310,12 +238,6 @@ def test_bad_input():
         model.predict(x[:, :4], torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         model.predict(x[:, :1], torch.full((2, 1), 3))
-    with pytest.raises(ValueError, match="horizon"):
-        action_delta_psnr(model, film().frames, horizon=5)
-    with pytest.raises(ValueError, match="draw"):
-        other_codes(torch.zeros(2, 2, dtype=torch.long), 3, "any")
     for bad in (dict(shift=-1), dict(grid=0), dict(balance=float("nan")), dict(changed=-1)):
         with pytest.raises(ValueError):
             ActionRecipe(**bad)
-    with pytest.raises(ValueError, match="whole numbers"):
-        action_nmi([0.5], [1])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from glasses_nb.genie import action_count as ac
 from glasses_nb.genie import joins
 from glasses_nb.genie.dynamics import JOINS, Dynamics
-from glasses_nb.genie.latent_actions import square_effects
+from glasses_nb.genie.action_measures import square_effects
 from glasses_nb.genie.st_transformer import STConfig
 from glasses_nb.genie.worlds import SquareWorld, square_clips
 from glasses_nb.hub import artifact

@@ -20,19 +20,17 @@ from PIL import Image, ImageSequence
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from glasses_nb.genie import play
+from glasses_nb.genie import play, play_server
 from glasses_nb.genie.codebooks import VectorQuantizer
-from glasses_nb.genie.dynamics import Dynamics, commit_frame, rollout
-from glasses_nb.genie.play import (
+from glasses_nb.genie.decoding import commit_frame, rollout
+from glasses_nb.genie.dynamics import Dynamics
+from glasses_nb.genie.play import ModelEngine, Player, SquareEngine, play_gif
+from glasses_nb.genie.play_server import (
     PICTURE_BYTES,
-    ModelEngine,
-    Player,
     PlayServer,
     PlayTalk,
-    SquareEngine,
     action_keys,
     play_app,
-    play_gif,
     read_picture,
 )
 from glasses_nb.genie.st_transformer import STConfig
@@ -901,6 +899,6 @@ def test_the_page_says_when_no_place_is_left(browser):
 
 
 def test_the_page_is_ours_alone():
-    text = play.artifact("genie", "play.html").read_text()
+    text = play_server.artifact("genie", "play.html").read_text()
     assert not [part for part in ("http://", "https://", "innerHTML", "eval(", " src=", "onclick=\"", "style=\"") if part in text]
     assert len(text) < 40_000

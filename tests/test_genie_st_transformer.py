@@ -1,22 +1,19 @@
-"Sweeps of the spatiotemporal transformer: causality, caches, counts, bad input."
+"Sweeps of the spatiotemporal transformer and its cache of past frames: causality, caches, counts, bad input."
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glasses_nb.genie.frame_cache import FrameCache, commit, forget, step
 from glasses_nb.genie.st_transformer import (
     ST_SIZES,
-    FrameCache,
     STBlock,
     STConfig,
     STTransformer,
-    commit,
-    forget,
     st_config,
     st_flops,
     st_parameters,
-    step,
 )
 
 CONFIGS = st.builds(

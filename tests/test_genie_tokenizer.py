@@ -295,7 +295,7 @@ def test_numbers_that_are_not_finite(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
-    import glasses_nb.genie.tokenizer as module
+    import glasses_nb.genie.stored as module
 
     save_tokenizer(tiny(seed=0), tmp_path / "t")
     old = load_tokenizer(tmp_path / "t").state_dict()

@@ -7,7 +7,7 @@ __all__ = ['square_ids', 'free_moves', 'effect_chances', 'all_fields', 'grouping
            'effect_given_code', 'effect_bits', 'code_bits', 'effect_share', 'matched_share', 'next_frame_bits',
            'pick_count']
 
-# %% ../../nbs/genie/67_action_count.ipynb #4b876713
+# %% ../../nbs/genie/67_action_count.ipynb #e4ebe0f6
 import math
 from itertools import combinations
 
@@ -16,7 +16,9 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from .dynamics import Dynamics, DynamicsCache, commit_frame, frame_logits
+from .action_atlas import best_assignment
+from .decoding import DynamicsCache, commit_frame, frame_logits
+from .dynamics import Dynamics
 from .worlds import SquareWorld
 
 # %% ../../nbs/genie/67_action_count.ipynb #d69b1eaf
@@ -177,7 +179,7 @@ def effect_share(
     within = sum(((v[codes == k] - v[codes == k].mean(0)) ** 2).sum() for k in np.unique(codes))
     return float(1 - within / total) if total > 0 else 0.0
 
-# %% ../../nbs/genie/67_action_count.ipynb #22a15479
+# %% ../../nbs/genie/67_action_count.ipynb #9a71817f
 def matched_share(
     codes,       # whole numbers from 0, any shape
     effects,     # 0 to 4, the same shape
@@ -186,16 +188,8 @@ def matched_share(
     codes, effects = _paired(codes, effects)
     counts = np.zeros((codes.max() + 1, 5), int)
     np.add.at(counts, (codes, effects), 1)
-    best = {0: 0}  # effects that are taken, as bits: steps named right
-    for row in counts:
-        new = dict(best)
-        for taken, right in best.items():
-            for e in range(5):
-                if not taken >> e & 1:
-                    key = taken | 1 << e
-                    new[key] = max(new.get(key, 0), right + int(row[e]))
-        best = new
-    return float(max(best.values()) / len(codes))
+    right = sum(int(row[e]) for row, e in zip(counts, best_assignment(counts)) if e >= 0)
+    return right / len(codes)
 
 # %% ../../nbs/genie/67_action_count.ipynb #0d68a6e8
 @torch.no_grad()

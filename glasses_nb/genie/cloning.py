@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['goal_distances', 'SquareGoals', 'goal_expert', 'Played', 'play_games', 'KeyAgent', 'Videos', 'join_videos',
            'expert_videos', 'label_videos', 'ClonePolicy', 'LabelledSteps', 'train_clone', 'code_dictionary',
-           'action_chances', 'CloneAgent', 'CoinRunLevels', 'fastest_tries', 'replay_tries']
+           'action_chances', 'CloneAgent', 'seed_scores', 'clone_curves']
 
-# %% ../../nbs/genie/68_cloning.ipynb #3f9ece93
+# %% ../../nbs/genie/68_cloning.ipynb #a5aa5783
 from collections import deque
 from dataclasses import dataclass
 
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .latent_actions import LatentActions, shifted_clips
-from .worlds import COINRUN_ACTIONS, SQUARE_ACTIONS, SquareWorld, coinrun_games
+from .worlds import SQUARE_ACTIONS, SquareWorld
+from ..plot import DASHES, band, reference
 from ..train import train
 
 # %% ../../nbs/genie/68_cloning.ipynb #40bc5620
@@ -40,7 +41,7 @@ def goal_distances(
                 queue.append(at)
     return far
 
-# %% ../../nbs/genie/68_cloning.ipynb #944a2141
+# %% ../../nbs/genie/68_cloning.ipynb #5455cf5a
 def _goal_level(world, rng, apart):
     "Blocks, colours, goal, distances and a start at least so far from the goal."
     for _ in range(1000):
@@ -53,6 +54,16 @@ def _goal_level(world, rng, apart):
     raise ValueError(f"no level has a start {apart} steps from its goal: take a smaller apart, or a larger world")
 
 
+def _goal_frame(world, level, state):
+    "The level with the square at a place, and a red mark in the middle of the goal's unless it is there."
+    solid, colours, goal, *_ = level
+    frame, size = world.draw(state, solid, colours), world.agent
+    if (state != goal).any():
+        row, column = goal * size + size // 4
+        frame[row:row + size // 2, column:column + size // 2] = (220, 40, 40)
+    return frame
+
+# %% ../../nbs/genie/68_cloning.ipynb #e50bfbaf
 class SquareGoals:
     "Games side by side: bring the square to the marked place."
     actions = len(SQUARE_ACTIONS)
@@ -67,31 +78,21 @@ class SquareGoals:
     ):
         if levels < 1 or copies < 1 or apart < 1 or not world.walls:
             raise ValueError(f"levels, copies and apart start at 1, and the world needs walls; got {levels}, {copies}, {apart}, walls={world.walls}")
-        self.world = world
-        self.levels = [_goal_level(world, np.random.default_rng([seed, i]), apart) for i in range(levels) for _ in range(copies)]
+        self.world, self.levels = world, [_goal_level(world, np.random.default_rng([seed, i]), apart) for i in range(levels) for _ in range(copies)]
         self.state = np.stack([level[4] for level in self.levels])  # (M, 2)
-        self.over = np.zeros(len(self.levels), bool)
-        self.won = np.zeros(len(self.levels), bool)
-        self.frames = np.stack([self._draw(m) for m in range(len(self))])  # (M, H, W, 3), of now
+        self.over, self.won = np.zeros((2, len(self.levels)), bool)
+        self.frames = np.stack([_goal_frame(world, *at) for at in zip(self.levels, self.state)])  # (M, H, W, 3), of now
 
     def __len__(self):
         return len(self.levels)
 
-    def _draw(self, m):
-        solid, colours, goal, *_ = self.levels[m]
-        frame, size = self.world.draw(self.state[m], solid, colours), self.world.agent
-        if (self.state[m] != goal).any():
-            row, column = goal * size + size // 4
-            frame[row:row + size // 2, column:column + size // 2] = (220, 40, 40)
-        return frame
-
     def step(self, actions):
         "Play one action in each game; games that are over stay as they are."
         for m in np.flatnonzero(~self.over):
-            solid, _, goal, *_ = self.levels[m]
-            self.state[m] = self.world.move(self.state[m], actions[m], solid)
-            self.won[m] = self.over[m] = (self.state[m] == goal).all()
-            self.frames[m] = self._draw(m)
+            level = self.levels[m]
+            self.state[m] = self.world.move(self.state[m], actions[m], level[0])
+            self.won[m] = self.over[m] = (self.state[m] == level[2]).all()
+            self.frames[m] = _goal_frame(self.world, level, self.state[m])
 
 # %% ../../nbs/genie/68_cloning.ipynb #53ef55a7
 def goal_expert(
@@ -106,7 +107,7 @@ def goal_expert(
         chosen[m] = rng.permutation(np.flatnonzero(left == left.min()))[0]
     return chosen
 
-# %% ../../nbs/genie/68_cloning.ipynb #c7f4ff01
+# %% ../../nbs/genie/68_cloning.ipynb #2fe08925
 @dataclass(frozen=True)
 class Played:
     "What became of games."
@@ -114,9 +115,9 @@ class Played:
     steps: np.ndarray    # (M,), until the game was over or stopped
     actions: np.ndarray  # (T, M), as given; of no meaning once a game is over
 
-
+# %% ../../nbs/genie/68_cloning.ipynb #6deb2c99
 def play_games(
-    games,             # `SquareGoals` or `CoinRunLevels`, at their beginning
+    games,             # `SquareGoals`, or others with their interface, at their beginning
     act,               # act(frames, live) -> (M,) actions; live tells which games go on
     limit: int = 200,  # steps, after which a game counts as lost
 ) -> Played:           # for each game
@@ -153,7 +154,7 @@ class KeyAgent:
         self.last = drawn if self.last is None else np.where(fresh, drawn, self.last)
         return self.last
 
-# %% ../../nbs/genie/68_cloning.ipynb #58b8915e
+# %% ../../nbs/genie/68_cloning.ipynb #e1d2fd27
 @dataclass(frozen=True)
 class Videos:
     "Videos of any lengths, one after the other."
@@ -179,7 +180,7 @@ class Videos:
         "Places of the frames that have a next one."
         return np.flatnonzero(self.actions >= 0)
 
-
+# %% ../../nbs/genie/68_cloning.ipynb #f3f697be
 def join_videos(
     pieces,     # pairs: frames (n, H, W, 3), and the n - 1 actions between them
 ) -> Videos:    # all of them
@@ -205,14 +206,14 @@ def expert_videos(
     shown = np.stack([*shown, games.frames])
     return join_videos([(shown[:n + 1, m], played.actions[:n, m]) for m, n in enumerate(played.steps)])
 
-# %% ../../nbs/genie/68_cloning.ipynb #83781c95
+# %% ../../nbs/genie/68_cloning.ipynb #872a9570
 def _windows(length, window, context):
     "(begin, first step that counts) of the windows over a video."
     stride = window - 1 - context
     begins = range(0, max(1, length - 1 - context), stride)
     return [(b, b + context if b else 0) for b in begins]
 
-
+# %% ../../nbs/genie/68_cloning.ipynb #9f7192f6
 def label_videos(
     model: LatentActions,         # frozen, in evaluation mode
     videos: Videos,               # whose actions are not looked at
@@ -235,8 +236,31 @@ def label_videos(
             codes[first:end] = found[first - b:end - b]
     return codes
 
-# %% ../../nbs/genie/68_cloning.ipynb #873e02ab
-class ClonePolicy(nn.Module):
+# %% ../../nbs/genie/68_cloning.ipynb #8bc2a43d
+def _eye(frames, width):
+    "Three convolutions, from pictures (B, 3 F, S, S) to numbers (B, 2 W (S / 16)²)."
+    return nn.Sequential(
+        nn.Conv2d(3 * frames, width, 8, 4, 2), nn.GELU(),
+        nn.Conv2d(width, 2 * width, 4, 2, 1), nn.GELU(),
+        nn.Conv2d(2 * width, 2 * width, 3, 2, 1), nn.GELU(), nn.Flatten())
+
+# %% ../../nbs/genie/68_cloning.ipynb #c0e4df33
+class _Looks(nn.Module):
+    "How a policy looks at frames and codes."
+
+    def forward(self, frames, previous):
+        "Frames (B, F, H, W, 3) and codes (B, F - 1), K where there was none, to logits (B, K)."
+        if tuple(frames.shape[1:]) != (self.frames, self.image, self.image, 3) or tuple(previous.shape) != (len(frames), self.frames - 1):
+            raise ValueError(f"wanted frames (B, {self.frames}, {self.image}, {self.image}, 3) and codes (B, {self.frames - 1}), got {tuple(frames.shape)} and {tuple(previous.shape)}")
+        x = frames.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 255 - 0.5
+        h = self.mix(self.eye(x))
+        if self.before is not None:
+            rows = previous + (self.actions + 1) * torch.arange(self.frames - 1, device=previous.device)
+            h = h + self.before(rows).sum(1)
+        return self.head(F.gelu(h))
+
+# %% ../../nbs/genie/68_cloning.ipynb #d6f4ced6
+class ClonePolicy(_Looks):
     "Scores of the next code, from the last frames and the codes between them."
 
     def __init__(
@@ -254,10 +278,7 @@ class ClonePolicy(nn.Module):
         self.actions, self.image, self.frames = actions, image, frames
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.eye = nn.Sequential(
-                nn.Conv2d(3 * frames, width, 8, 4, 2), nn.GELU(),
-                nn.Conv2d(width, 2 * width, 4, 2, 1), nn.GELU(),
-                nn.Conv2d(2 * width, 2 * width, 3, 2, 1), nn.GELU(), nn.Flatten())
+            self.eye = _eye(frames, width)
             self.mix = nn.Linear(2 * width * (image // 16) ** 2, 8 * width)
             self.before = nn.Embedding((frames - 1) * (actions + 1), 8 * width) if previous and frames > 1 else None
             if self.before is not None:
@@ -266,18 +287,7 @@ class ClonePolicy(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, frames, previous):
-        "Frames (B, F, H, W, 3) and codes (B, F - 1), K where there was none, to logits (B, K)."
-        if tuple(frames.shape[1:]) != (self.frames, self.image, self.image, 3) or tuple(previous.shape) != (len(frames), self.frames - 1):
-            raise ValueError(f"wanted frames (B, {self.frames}, {self.image}, {self.image}, 3) and codes (B, {self.frames - 1}), got {tuple(frames.shape)} and {tuple(previous.shape)}")
-        x = frames.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 255 - 0.5
-        h = self.mix(self.eye(x))
-        if self.before is not None:
-            rows = previous + (self.actions + 1) * torch.arange(self.frames - 1, device=previous.device)
-            h = h + self.before(rows).sum(1)
-        return self.head(F.gelu(h))
-
-# %% ../../nbs/genie/68_cloning.ipynb #9676b9b6
+# %% ../../nbs/genie/68_cloning.ipynb #e25d59d1
 class LabelledSteps(Dataset):
     "Steps of videos: the frames up to each, the labels before it, and its own."
 
@@ -302,14 +312,27 @@ class LabelledSteps(Dataset):
         at, first = own[:, None] + self.back, self.begins[own][:, None]
         before = np.where(at >= first, self.labels[np.maximum(at, first)], self.nothing)[:, :-1]
         before[before < 0] = self.nothing
-        rows = self.videos.frames[np.maximum(at, first)], before, self.labels[own]
-        return dict(zip(("frames", "previous", "label"), map(torch.from_numpy, rows)))
+        return {name: torch.from_numpy(rows) for name, rows in (("frames", self.videos.frames[np.maximum(at, first)]), ("previous", before), ("label", self.labels[own]))}
 
     def __getitem__(self, i):
         "One row, without the first axis."
         return {name: rows[0] for name, rows in self.__getitems__([i]).items()}
 
-# %% ../../nbs/genie/68_cloning.ipynb #13a3f39b
+# %% ../../nbs/genie/68_cloning.ipynb #f78b41fb
+def _clone_rate(s, steps):
+    "Share of the highest rate at update s: up for 30 updates, down to zero over the second half."
+    return min((s + 1) / 30, (steps - s) / (0.5 * steps), 1.0)
+
+
+def _clone_loss(shift):
+    "Cross-entropy of a batch, its frames moved by up to so many pixels."
+    def loss(policy, batch):
+        frames = shifted_clips(batch["frames"], shift) if shift else batch["frames"]
+        return F.cross_entropy(policy(frames, batch["previous"]), batch["label"])
+
+    return loss
+
+# %% ../../nbs/genie/68_cloning.ipynb #6a92e1f4
 def train_clone(
     policy: ClonePolicy,          # trained in place
     videos: Videos,               # of the expert
@@ -324,20 +347,15 @@ def train_clone(
 ) -> pd.DataFrame:                # history
     "Cross-entropy on the labels; the rate rises for 30 updates and falls to zero over the second half."
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.96), weight_decay=weight_decay)
-    rate = lambda s: min((s + 1) / 30, (steps - s) / (0.5 * steps), 1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-
-    def loss(policy, batch):
-        frames = shifted_clips(batch["frames"], shift) if shift else batch["frames"]
-        return F.cross_entropy(policy(frames, batch["previous"]), batch["label"])
-
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _clone_rate(s, steps))
+    data = LabelledSteps(videos, labels, policy.frames, policy.actions)
     try:
-        return train(policy, optimizer, LabelledSteps(videos, labels, policy.frames, policy.actions), loss, steps=steps,
-                     batch_size=batch_size, scheduler=scheduler, clip_norm=1.0, collate_fn=lambda rows: rows, **options)
+        return train(policy, optimizer, data, _clone_loss(shift), steps=steps, batch_size=batch_size, scheduler=scheduler,
+                     clip_norm=1.0, collate_fn=lambda rows: rows, **options)
     finally:
         policy.eval()
 
-# %% ../../nbs/genie/68_cloning.ipynb #468a61e9
+# %% ../../nbs/genie/68_cloning.ipynb #57cb9ee9
 def code_dictionary(
     codes,         # (n,) of labelled steps
     actions,       # (n,) what was really pressed there
@@ -354,7 +372,7 @@ def code_dictionary(
     np.add.at(counts, (codes, actions), 1)
     return counts
 
-
+# %% ../../nbs/genie/68_cloning.ipynb #f3a1246b
 def action_chances(
     counts: np.ndarray,  # (K, A), of `code_dictionary`
     how: str = "list",   # "list": draw from what was seen with the code; "vote": the most frequent
@@ -367,13 +385,34 @@ def action_chances(
         counts = counts == counts.max(1, keepdims=True)  # a tie is shared
     return counts / counts.sum(1, keepdims=True)
 
-# %% ../../nbs/genie/68_cloning.ipynb #38c2f146
+# %% ../../nbs/genie/68_cloning.ipynb #e6a96d21
 def _pick(chances, u):
     "Index of each row of chances (M, K), by one number in [0, 1) for each."
     return np.minimum((chances.cumsum(-1) <= u[:, None]).sum(-1), chances.shape[-1] - 1)
 
 
-class CloneAgent:
+@torch.no_grad()
+def _code_chances(policy, frames, codes, temperature):
+    "Chances of the codes (M, K); at temperature 0 the likeliest is certain."
+    logits = policy(torch.from_numpy(frames), torch.from_numpy(codes))
+    if temperature == 0:
+        return np.eye(policy.actions)[logits.argmax(-1).numpy()]
+    return torch.softmax(logits.double() / temperature, -1).numpy()
+
+
+class _Recall:
+    "The last frames that a policy saw in each game, and the codes that it chose."
+
+    def _look(self, frames):
+        "The newest frame takes the place of the oldest."
+        if self.seen is None:
+            self.seen = np.repeat(frames[:, None], self.policy.frames, 1)
+            self.codes = np.full((len(frames), self.policy.frames), self.policy.actions)
+        else:
+            self.seen = np.concatenate([self.seen[:, 1:], frames[:, None]], 1)
+
+# %% ../../nbs/genie/68_cloning.ipynb #169ec88a
+class CloneAgent(_Recall):
     "Draws a code from a policy, and a key from the chances of that code."
 
     def __init__(
@@ -389,117 +428,47 @@ class CloneAgent:
         self.policy, self.chances, self.temperature, self.random = policy, chances, temperature, random
         self.rng, self.seen, self.codes = np.random.default_rng(seed), None, None
 
-    def _look(self, frames):
-        "The newest frame takes the place of the oldest."
-        if self.seen is None:
-            self.seen = np.repeat(frames[:, None], self.policy.frames, 1)
-            self.codes = np.full((len(frames), self.policy.frames), self.policy.actions)
-        else:
-            self.seen = np.concatenate([self.seen[:, 1:], frames[:, None]], 1)
-
-    @torch.no_grad()
     def __call__(self, frames, live):
         "(M,) actions."
         self._look(frames)
         K, at = self.policy.actions, np.flatnonzero(live)
         p = np.full((len(live), K), 1 / K)
-        logits = self.policy(torch.from_numpy(self.seen[at]), torch.from_numpy(self.codes[at, 1:]))
-        if self.temperature:
-            p[at] = torch.softmax(logits.double() / self.temperature, -1).numpy()
-        else:
-            p[at] = np.eye(K)[logits.argmax(-1).numpy()]
+        p[at] = _code_chances(self.policy, self.seen[at], self.codes[at, 1:], self.temperature)
         u = self.rng.random((3, len(live)))  # as many numbers whoever is still playing
         code = _pick(np.where(u[2, :, None] < self.random, 1 / K, p), u[0])
         self.codes = np.concatenate([self.codes[:, 1:], code[:, None]], 1)
         rows = self.chances[code] if self.chances.ndim == 2 else self.chances[np.arange(len(code)), code]
         return _pick(rows, u[1])
 
-# %% ../../nbs/genie/68_cloning.ipynb #67448e70
-class CoinRunLevels:
-    "Games of CoinRun in chosen levels, side by side: reach the coin."
-    actions = len(COINRUN_ACTIONS)
+# %% ../../nbs/genie/68_cloning.ipynb #4484ffb9
+def seed_scores(
+    table: pd.DataFrame,  # columns policy, labelled, how, seed, and scores
+    policy: str,          # whose
+    labelled: int = 0,    # steps; 0 for a policy without a dictionary
+    how: str = "",        # list or vote; "" without a dictionary
+    y: str = "score",     # which column
+) -> np.ndarray:          # (seeds,), in their order
+    "Scores of one policy by seed."
+    found = table[(table.policy == policy) & (table.labelled == labelled) & (table.how.fillna("") == how)]
+    return found.sort_values("seed")[y].to_numpy()
 
-    def __init__(
-        self,
-        levels,                      # numbers of levels
-        copies: int = 1,             # games of each, one after the other
-        enough: int | None = None,   # wins in a level after which its other games are stopped; None: never
-        **look,                      # mode, plain of `coinrun_games`
-    ):
-        levels = [int(level) for level in levels]
-        if not levels or copies < 1 or (enough is not None and enough < 1):
-            raise ValueError(f"there must be a level, a copy and a win to wait for; got {levels}, {copies}, {enough}")
-        self.copies, self.enough = copies, enough
-        self.pools = [coinrun_games(copies, 0, first_level=level, levels=1, threads=1, **look) for level in levels]
-        self.frames = np.concatenate([pool.reset()[0] for pool in self.pools]).transpose(0, 2, 3, 1).copy()
-        self.over = np.zeros(len(self.frames), bool)
-        self.won = np.zeros(len(self.frames), bool)
-
-    def __len__(self):
-        return len(self.frames)
-
-    def step(self, actions):
-        "Play one action in each game; the frame of a game that is over is of no meaning."
-        actions = np.asarray(actions, np.int32)
-        for i, pool in enumerate(self.pools):
-            own = slice(i * self.copies, (i + 1) * self.copies)
-            if self.over[own].all():
-                continue
-            seen, reward, ended, stopped, _ = pool.step(actions[own])
-            self.frames[own] = seen.transpose(0, 2, 3, 1)
-            self.won[own] |= (reward > 0) & ~self.over[own]
-            self.over[own] |= ended | stopped
-            if self.enough is not None and self.won[own].sum() >= self.enough:
-                self.over[own] = True
-
-    def close(self):
-        "Give the memory of the games back."
-        for pool in self.pools:
-            pool.close()
-
-# %% ../../nbs/genie/68_cloning.ipynb #66f52a80
-def fastest_tries(
-    level: int,        # of CoinRun
-    act,               # an agent, new
-    tries: int = 64,   # side by side
-    keep: int = 1,     # that are kept, if so many win
-    limit: int = 200,  # steps
-) -> list:             # of (n,) actions, the fastest first; the last one reaches the coin
-    "Play a level many times and keep what reached the coin first."
-    games = CoinRunLevels([level], tries, enough=keep)
-    try:
-        played = play_games(games, act, limit)
-    finally:
-        games.close()
-    winners = np.flatnonzero(played.won)
-    best = winners[np.argsort(played.steps[winners], kind="stable")][:keep]
-    return [played.actions[:played.steps[m], m].astype(np.uint8) for m in best]
-
-# %% ../../nbs/genie/68_cloning.ipynb #a373b69a
-def replay_tries(
-    levels,            # (V,) numbers of levels
-    tries,             # V rows of actions, as from `fastest_tries`
-    batch: int = 50,   # games side by side
-) -> Videos:           # up to the frame before the coin
-    "The videos of tries, made again from what was pressed."
-    if len(levels) != len(tries) or batch < 1:
-        raise ValueError(f"each level needs its try, got {len(levels)} levels and {len(tries)} tries, in batches of {batch}")
-    pieces = []
-    for i in range(0, len(levels), batch):
-        some = tries[i:i + batch]
-        keys = np.zeros((max(map(len, some)), len(some)), int)
-        for m, row in enumerate(some):
-            keys[:len(row), m] = row
-        games, shown, turn = CoinRunLevels(levels[i:i + batch]), [], iter(keys)
-
-        def act(frames, live):
-            shown.append(frames.copy())
-            return next(turn)
-
-        played = play_games(games, act, len(keys))
-        games.close()
-        if not played.won.all() or any(n != len(row) for n, row in zip(played.steps, some)):
-            raise ValueError(f"some tries of levels {list(levels[i:i + batch])} do not end at the coin: they are of another game")
-        shown = np.stack(shown)
-        pieces += [(shown[:len(row), m], row[:-1]) for m, row in enumerate(some)]
-    return join_videos(pieces)
+# %% ../../nbs/genie/68_cloning.ipynb #5a4d5540
+def clone_curves(
+    ax,                         # axes to draw into
+    table: pd.DataFrame,        # as for `seed_scores`
+    floors,                     # policies without a dictionary, each a line across
+    y: str = "score",           # which column
+    title: str | None = None,   # above
+) -> None:
+    "Scores against labels, with the oracle and those that do not look as lines."
+    shown = table[table.labelled > 0]
+    shown = shown.assign(curve=shown.policy.replace("latent", "codes") + ", " + shown.how)
+    band(ax, shown, "labelled", y, "curve", xlabel="labelled expert steps", ylabel="levels solved", logx=True, title=title)
+    for line, dash in zip(ax.get_lines(), DASHES):
+        line.set_linestyle(dash)
+    for name in floors:
+        level = table[table.policy == name][y].mean()
+        reference(ax, y=level)
+        ax.text(shown.labelled.min(), level + 0.01, name, fontsize="small", color="#555555")
+    ax.set(ylim=(0, 1))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))

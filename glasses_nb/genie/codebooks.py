@@ -82,20 +82,11 @@ def _place(q, moved, e):
         q.counts.masked_fill_(moved, 0.0)
         q.sums.masked_fill_(moved[:, None], 0.0)
 
-# %% ../../nbs/genie/63_codebooks.ipynb #a9350e80
-class VectorQuantizer(nn.Module):
-    "A codebook of K vectors; an encoding is replaced by the nearest."
+# %% ../../nbs/genie/63_codebooks.ipynb #bbbf6e65
+class _Codebook(nn.Module):
+    "Codes, and what is known of their use."
 
-    def __init__(
-        self,
-        codes: int,                    # K
-        dim: int,                      # d, of a code
-        decay: float | None = 0.99,    # of the moving average behind a code; None: codes are learned by gradient
-        idle: int | None = 50,         # steps without use after which a code is moved; None: never
-        unit: bool = True,             # codes and encodings of length 1
-        commitment: float = 0.25,      # weight of the pull of a code on its encodings
-        seed: int = 0,                 # of first codes, and of where idle ones go
-    ):
+    def __init__(self, codes, dim, decay, idle, unit, commitment, seed):
         super().__init__()
         _check_sizes(codes, dim, decay, idle, commitment)
         self.size, self.dim, self.decay, self.idle, self.unit = codes, dim, decay, idle, unit
@@ -118,6 +109,22 @@ class VectorQuantizer(nn.Module):
         "Codes by number, (..., d)."
         _check_ids(ids, self.size)
         return self._codes()[ids]
+
+# %% ../../nbs/genie/63_codebooks.ipynb #16aadfd6
+class VectorQuantizer(_Codebook):
+    "A codebook of K vectors; an encoding is replaced by the nearest."
+
+    def __init__(
+        self,
+        codes: int,                    # K
+        dim: int,                      # d, of a code
+        decay: float | None = 0.99,    # of the moving average behind a code; None: codes are learned by gradient
+        idle: int | None = 50,         # steps without use after which a code is moved; None: never
+        unit: bool = True,             # codes and encodings of length 1
+        commitment: float = 0.25,      # weight of the pull of a code on its encodings
+        seed: int = 0,                 # of first codes, and of where idle ones go
+    ):
+        super().__init__(codes, dim, decay, idle, unit, commitment, seed)
 
     def forward(self, e):
         "Encodings (..., d) to `Quantized`; in training, the codebook takes a step."

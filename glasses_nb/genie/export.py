@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .dynamics import Dynamics, _heat, mask_counts
+from .decoding import _heat, mask_counts
+from .dynamics import Dynamics
 from .play import ModelEngine, _check_frame, _check_whole
 from .tokenizer import VideoTokenizer, from_patches
 from ..hub import require
@@ -315,12 +316,12 @@ def fill_tokens(
         ids[stay] = drawn[stay]
     return ids
 
-# %% ../../nbs/genie/69_export.ipynb #54644e5e
-class _Slots:
-    "Kept keys and values of one game, of both graphs, that follow whichever branch is played."
+# %% ../../nbs/genie/69_export.ipynb #5e41f97d
+class _Looks:
+    "The graphs of one game, and the keys and values that they have given."
 
     def __init__(self, graphs, facts):
-        self.graphs, self.entries, self.lock = graphs, [], threading.Lock()
+        self.graphs, self.facts, self.entries, self.lock = graphs, facts, [], threading.Lock()
         self.kept = {name: np.zeros(shape, np.float32) for name, shape in facts["slots"].items()}
 
     def run(self, name, keep=False, **given):
@@ -332,6 +333,10 @@ class _Slots:
         if keep and t < slots.shape[4]:
             slots[:, :, :, :, t] = new[:, :, :, :, 0]
         return out[0]
+
+# %% ../../nbs/genie/69_export.ipynb #af842b6a
+class _Slots(_Looks):
+    "Kept keys and values of one game that follow whichever branch is played."
 
     def add(self, entry):
         "Make a frame part of the past; its picture in bytes."
@@ -351,8 +356,37 @@ class _Slots:
             picture = self.add(entry)
         return picture
 
-# %% ../../nbs/genie/69_export.ipynb #cde7c600
-class OnnxEngine:
+    def grow(self, entries, code, rng, decoding):
+        "A frame more behind these: what it is, and its picture."
+        with self.lock:
+            self.follow(entries)
+            look = lambda ids: self.run("step", ids=ids[None], code=_code(code))
+            entry = (fill_tokens(look, self.facts["tokens"], self.facts["codes"], rng=rng, **decoding), code)
+            return entry, self.add(entry)
+
+# %% ../../nbs/genie/69_export.ipynb #f037facf
+def _with_room(entries, window):
+    "Frames before the next one; of a full window the newest half, the first without its action."
+    if len(entries) < window:
+        return entries
+    first, *others = entries[-(window // 2):]
+    return ((first[0], None), *others)
+
+
+class _StoredGame:
+    "A game on disk, checked and ready to run."
+
+    def __init__(self, path, expected, threads):
+        if _check_whole(threads, "threads", 1025) < 1:
+            raise ValueError("there must be at least one thread, got 0")
+        self.record = read_game(path, expected)
+        self.facts, inputs = self.record["game"], _inputs(self.record["game"])
+        self._graphs = {name: _graph(path, name, self.record["graphs"][name], inputs[name], threads) for name in _GRAPHS}
+        self.size, self.window = self.facts["size"], self.facts["window"]
+        self.names = tuple(self.facts["names"]) or ("",) * self.facts["actions"]
+
+# %% ../../nbs/genie/69_export.ipynb #32020edd
+class OnnxEngine(_StoredGame):
     "A stored game, played by onnxruntime and NumPy."
 
     def __init__(
@@ -362,39 +396,25 @@ class OnnxEngine:
         threads: int = 1,              # of the runtime, from 1
         **decoding,                    # steps, temperature, order, anneal, noise of `fill_tokens`
     ):
-        if _check_whole(threads, "threads", 1025) < 1:
-            raise ValueError("there must be at least one thread, got 0")
-        self.record = read_game(path, expected)
-        self.facts, inputs = self.record["game"], _inputs(self.record["game"])
-        self._graphs = {name: _graph(path, name, self.record["graphs"][name], inputs[name], threads) for name in _GRAPHS}
-        self.size, self.window, self.decoding = self.facts["size"], self.facts["window"], decoding
-        self.names = tuple(self.facts["names"]) or ("",) * self.facts["actions"]
-        self._entries, self._slots, self._seed, self._time = (), None, 0, 0
+        super().__init__(path, expected, threads)
+        self.decoding, self._entries, self._slots, self._seed, self._time = decoding, (), None, 0, 0
 
     def begin(self, frame, seed=0):
         "The prompt as its tokens show it."
         _check_frame(frame, self.size)
-        seed = _check_whole(seed, "a seed", 2**32)
+        self._seed, self._time = _check_whole(seed, "a seed", 2**32), 0
         (ids,) = self._graphs["encode"].run(None, {"frame": np.ascontiguousarray(frame)[None, None]})
         self._entries, self._slots = ((ids[0], None),), _Slots(self._graphs, self.facts)
-        self._seed, self._time = seed, 0
         return self._slots.follow(self._entries)
 
     def act(self, code):
         "One frame: refine, commit, decode."
-        code, slots, entries = _check_whole(code, "an action", len(self.names)), self._slots, self._entries
-        if slots is None:
+        code = _check_whole(code, "an action", len(self.names))
+        if self._slots is None:
             raise ValueError("there is no frame yet: begin with a picture")
-        if len(entries) == self.window:
-            first, *others = entries[-(self.window // 2):]
-            entries = ((first[0], None), *others)
-        with slots.lock:
-            slots.follow(entries)
-            look = lambda ids: slots.run("step", ids=ids[None], code=_code(code))
-            ids = fill_tokens(look, self.facts["tokens"], self.facts["codes"], rng=np.random.default_rng([self._seed, self._time]), **self.decoding)
-            entry = (ids, code)
-            picture = slots.add(entry)
-            self._entries, self._time = (*entries, entry), self._time + 1
+        entries, rng = _with_room(self._entries, self.window), np.random.default_rng([self._seed, self._time])
+        entry, picture = self._slots.grow(entries, code, rng, self.decoding)
+        self._entries, self._time = (*entries, entry), self._time + 1
         return picture
 
     def copy(self):

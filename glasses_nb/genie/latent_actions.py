@@ -4,15 +4,11 @@
 
 # %% auto #0
 __all__ = ['LatentActions', 'make_latent_actions', 'shifted_clips', 'spread_codes', 'ActionRecipe', 'copy_units', 'uneven_use',
-           'latent_action_loss', 'train_latent_actions', 'action_nmi', 'nmi_threshold', 'square_effects', 'play_codes',
-           'other_codes', 'action_delta_psnr', 'measure_latent_actions', 'latent_action_facts', 'save_latent_actions',
+           'latent_action_loss', 'train_latent_actions', 'latent_action_facts', 'save_latent_actions',
            'load_latent_actions']
 
-# %% ../../nbs/genie/64_latent_actions.ipynb #e0a8bfac
-import hashlib
-import json
+# %% ../../nbs/genie/64_latent_actions.ipynb #6d6b41ab
 import math
-import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,15 +16,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .codebooks import FSQ, Quantized, VectorQuantizer, code_perplexity, make_quantizer, nearest_code, quantizer_facts
+from .codebooks import FSQ, Quantized, VectorQuantizer, make_quantizer, nearest_code, quantizer_facts
 from .st_transformer import STConfig, STTransformer, st_config, st_parameters
+from .stored import store_model, stored_model
 from .tokenizer import as_floats, from_patches
-from .worlds import psnr
 from ..train import train
 
 # %% ../../nbs/genie/64_latent_actions.ipynb #df6480a0
@@ -355,123 +350,7 @@ def train_latent_actions(
     finally:
         model.eval()
 
-# %% ../../nbs/genie/64_latent_actions.ipynb #d2289d25
-def action_nmi(
-    codes,    # whole numbers from 0, any shape
-    effects,  # whole numbers from 0, the same shape
-) -> float:   # in [0, 1]
-    "Mutual information over the mean of both entropies; 0 if both are constant."
-    a, b = (np.asarray(v).reshape(-1) for v in (codes, effects))
-    if a.shape != b.shape or a.size == 0 or a.dtype.kind not in "iu" or b.dtype.kind not in "iu" or min(a.min(), b.min()) < 0:
-        raise ValueError(f"codes and effects must be equally many whole numbers from 0, got {np.shape(codes)} and {np.shape(effects)}")
-    joint = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(joint, (a, b), 1 / a.size)
-    entropy = lambda p: -(p[p > 0] * np.log(p[p > 0])).sum()
-    ha, hb = entropy(joint.sum(1)), entropy(joint.sum(0))
-    return float(max(0.0, 2 * (ha + hb - entropy(joint.ravel())) / (ha + hb))) if ha + hb > 0 else 0.0
-
-
-def nmi_threshold(
-    codes,               # (C, S), whole numbers from 0
-    effects,             # (C, S)
-    level: float = 0.99,  # share of shuffles below, in (0, 1)
-    times: int = 200,    # shuffles
-    seed: int = 0,       # of the shuffles
-) -> float:
-    "The NMI that codes reach with the effects of other clips."
-    codes, effects = np.asarray(codes), np.asarray(effects)
-    if codes.ndim != 2 or codes.shape != effects.shape or not 0 < level < 1 or times < 1:
-        raise ValueError(f"codes and effects must have one shape (C, S), level lie in (0, 1), times start at 1; got {codes.shape}, {effects.shape}, {level}, {times}")
-    rng = np.random.default_rng(seed)
-    return float(np.quantile([action_nmi(codes, effects[rng.permutation(len(effects))]) for _ in range(times)], level))
-
-
-def square_effects(
-    states: np.ndarray,        # (C, T, 2) of the square world, (row, column) in pixels
-    size: int | None = None,   # pixels of a side of a torus; None: there are walls
-) -> np.ndarray:               # (C, T - 1): 0 none, 1 left, 2 right, 3 up, 4 down
-    "What each step really did, numbered as the square world's actions."
-    step = np.diff(np.asarray(states), axis=1)
-    if size is not None:
-        step = (step + size // 2) % size - size // 2
-    down, right = np.sign(step[..., 0]), np.sign(step[..., 1])
-    return np.select([right < 0, right > 0, down < 0, down > 0], [1, 2, 3, 4], 0)
-
-# %% ../../nbs/genie/64_latent_actions.ipynb #b7c8b943
-@torch.no_grad()
-def play_codes(
-    model: LatentActions,  # in evaluation mode
-    frames,                # (B, S, H, W, 3), true history
-    codes,                 # (B, S - 1 + h): between the frames of the history, then h to play
-) -> torch.Tensor:         # (B, h, H, W, 3), floats in [0, 1]
-    "Frames that the decoder makes from a history, its own frames and codes."
-    x = as_floats(frames, model.image)
-    codes = torch.as_tensor(codes)
-    if codes.ndim != 2 or len(codes) != len(x) or codes.shape[1] < x.shape[1]:
-        raise ValueError(f"{tuple(x.shape[:2])} frames need {x.shape[1]} codes a clip at least, got {tuple(codes.shape)}")
-    start = x.shape[1]
-    while x.shape[1] <= codes.shape[1]:
-        x = torch.cat([x, model.predict(x, codes[:, :x.shape[1]])[:, -1:]], 1)
-    return x[:, start:]
-
-
-def other_codes(
-    codes: torch.Tensor,  # (C, S), as inferred
-    actions: int,         # K
-    draw: str,            # "uniform", "marginal" or "shuffled"
-    seed: int = 0,        # of the draw
-) -> torch.Tensor:        # (C, S)
-    "Codes that are not those of the clip."
-    g = torch.Generator().manual_seed(seed)
-    if draw == "uniform":
-        return torch.randint(actions, codes.shape, generator=g)
-    if draw == "marginal":
-        return codes.flatten()[torch.randint(codes.numel(), codes.shape, generator=g)]
-    if draw == "shuffled":
-        return codes[torch.randperm(len(codes), generator=g)]
-    raise ValueError(f"draw must be uniform, marginal or shuffled, got {draw!r}")
-
-
-def action_delta_psnr(
-    model: LatentActions,        # in evaluation mode
-    frames: np.ndarray,          # (C, T, H, W, 3), uint8
-    draw: str = "marginal",      # of the other codes, as in `other_codes`
-    horizon: int | None = None,  # frames played from the first one; None: each step from its true history
-    seed: int = 0,               # of the draw
-) -> np.ndarray:                 # (C,), dB
-    "How much worse each clip is predicted with other codes than with its own."
-    codes = model.infer(frames)
-    other = other_codes(codes, model.actions, draw, seed)
-    if horizon is not None and not 1 <= horizon <= codes.shape[1]:
-        raise ValueError(f"horizon must lie in 1 to {codes.shape[1]}, got {horizon}")
-    truth = as_floats(frames, model.image).numpy()
-
-    def score(c):
-        if horizon is None:
-            return psnr(model.predict(frames[:, :-1], c).numpy(), truth[:, 1:]).mean(1)
-        return psnr(play_codes(model, frames[:, :1], c[:, :horizon])[:, -1].numpy(), truth[:, horizon])
-    return score(codes) - score(other)
-
-
-def measure_latent_actions(
-    model: LatentActions,              # in evaluation mode
-    frames: np.ndarray,                # (C, T, H, W, 3), uint8
-    effects: np.ndarray | None = None,  # (C, T - 1), what each step did, if known
-    seed: int = 0,                     # of the other codes
-) -> dict:                             # plain numbers
-    "All three measures, and the quality of the prediction beside its baseline."
-    codes = model.infer(frames)
-    x = as_floats(frames, model.image)
-    made = model.predict(frames[:, :-1], codes)
-    found = {"psnr": float(psnr(made.numpy(), x[:, 1:].numpy()).mean()), "error": float(copy_units(made, x[:, 1:], x[:, :-1])),
-             "perplexity": code_perplexity(codes, model.actions)}
-    for draw in ("uniform", "marginal", "shuffled"):
-        found[f"delta_{draw}"] = float(action_delta_psnr(model, frames, draw, seed=seed).mean())
-    if effects is not None:
-        found |= {"nmi": action_nmi(codes.numpy(), effects), "nmi_chance": nmi_threshold(codes.numpy(), effects, seed=seed)}
-    return found
-
-# %% ../../nbs/genie/64_latent_actions.ipynb #12d62807
+# %% ../../nbs/genie/64_latent_actions.ipynb #73eb881b
 def latent_action_facts(
     model: LatentActions,  # any
 ) -> dict:                 # plain values, for JSON
@@ -490,68 +369,21 @@ def save_latent_actions(
     about: dict | None = None,  # where it comes from: data, steps, measures
 ) -> None:
     "Weights in 16 bits, and what they belong to."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {n: v.half() if v.is_floating_point() else v for n, v in model.state_dict().items() if n not in _ONLY_TRAINING}
-    state = {n: v.detach().cpu().contiguous() for n, v in state.items()}
-    if not all(v.isfinite().all() for v in state.values()):
-        raise ValueError("some weights are not finite in 16 bits: this model cannot be stored")
-    finals = [path.with_name(path.name + end) for end in (".safetensors", ".json")]
-    drafts = [p.with_name(p.name + ".part") for p in finals]
-    save_file(state, drafts[0])
-    told = {"latent_actions": latent_action_facts(model), "sha256": _digest_of(drafts[0]), "about": about or {}}
-    drafts[1].write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    for draft, final in zip(drafts, finals):
-        os.replace(draft, final)
+    store_model(model, path, "latent_actions", latent_action_facts(model), about, _ONLY_TRAINING)
 
 
-def _digest_of(path):
-    "SHA-256 of a file."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-# %% ../../nbs/genie/64_latent_actions.ipynb #38c855c7
 def load_latent_actions(
     path: str | Path,  # without ending, as in `save_latent_actions`
 ) -> LatentActions:    # in evaluation mode
     "A stored model, or an error that says what does not fit."
-    path = Path(path)
-    weights, record = path.with_name(path.name + ".safetensors"), path.with_name(path.name + ".json")
-    told = _record_of(record)
-    if not weights.is_file() or _digest_of(weights) != told["sha256"]:
-        raise ValueError(f"{weights.name} is missing, damaged, or not the one that {record.name} describes: write both again with save_latent_actions")
-    model = _made_from(told["latent_actions"], record.name)
-    state, own = load_file(weights), {n: v for n, v in model.state_dict().items() if n not in _ONLY_TRAINING}
-    wrong = sorted({n for n in {*own, *state} if n not in own or n not in state or own[n].shape != state[n].shape})
-    if wrong or not all(v.isfinite().all() for v in state.values()):
-        raise ValueError(f"{weights.name} does not fit its record: {', '.join(wrong[:4]) or 'numbers that are not finite'}")
-    model.load_state_dict({n: v.to(own[n].dtype) for n, v in state.items()}, strict=False)
-    return model.eval()
+    return stored_model(path, "latent_actions", _from_facts, _ONLY_TRAINING)
 
 
-def _record_of(record):
-    "The JSON beside the weights."
-    if not record.is_file():
-        raise ValueError(f"there is no file {str(record)!r}")
-    if record.stat().st_size > 100_000:
-        raise ValueError(f"{record.name} has {record.stat().st_size} bytes, over 100000: it is no record of a latent action model")
-    try:
-        told = json.loads(record.read_text(encoding="utf-8"))
-        told["latent_actions"]["quantizer"], told["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{record.name} is no record of a latent action model: {error!r}") from error
-    return told
-
-
-def _made_from(facts, name):
-    "A model of these sizes, checked before memory is taken."
-    try:
-        facts = dict(facts)
-        stacks = [STConfig(**facts.pop(part)) for part in ("encoder", "decoder")]
-        patch, image = facts.pop("patch"), facts.pop("image")
-        numbers = sum(st_parameters(c) for c in stacks) + 60 * patch**2 * max(c.width for c in stacks)
-        if numbers > 500_000_000:
-            raise ValueError(f"{numbers} parameters are more than 500 million")
-        return LatentActions(*stacks, patch, image, make_quantizer(facts.pop("quantizer")), **facts)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name} describes no latent action model: {error}") from error
+def _from_facts(facts):
+    "A model of these sizes, which are bounded."
+    stacks = [STConfig(**facts.pop(part)) for part in ("encoder", "decoder")]
+    patch, image = facts.pop("patch"), facts.pop("image")
+    numbers = sum(st_parameters(c) for c in stacks) + 60 * patch**2 * max(c.width for c in stacks)
+    if numbers > 500_000_000:
+        raise ValueError(f"{numbers} parameters are more than 500 million")
+    return LatentActions(*stacks, patch, image, make_quantizer(facts.pop("quantizer")), **facts)

@@ -6,24 +6,23 @@
 __all__ = ['to_patches', 'from_patches', 'as_floats', 'as_pixels', 'VideoTokenizer', 'make_tokenizer', 'tokenizer_loss',
            'train_tokenizer', 'ssim', 'measure_tokenizer', 'tokenizer_facts', 'save_tokenizer', 'load_tokenizer']
 
-# %% ../../nbs/genie/63b_tokenizer.ipynb #cdeefc94
-import hashlib
+# %% ../../nbs/genie/63b_tokenizer.ipynb #557e96f4
 import json
 import math
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .codebooks import FSQ, VectorQuantizer, code_perplexity, make_quantizer, quantizer_facts
-from .st_transformer import FrameCache, STConfig, STTransformer, commit, st_config, st_parameters
+from .frame_cache import FrameCache, commit
+from .st_transformer import STConfig, STTransformer, st_config, st_parameters
+from .stored import store_model, stored_model, stored_record
 from .worlds import psnr
 from ..train import train
 
@@ -262,7 +261,7 @@ def measure_tokenizer(
     return {"psnr": float(psnr(made, frames).mean()), "pooled": float(-10 * np.log10(max(error, 1e-10))),
             "ssim": float(ssim(made, frames).mean()), "perplexity": code_perplexity(torch.cat(ids), model.quantizer.size)}
 
-# %% ../../nbs/genie/63b_tokenizer.ipynb #0d94279b
+# %% ../../nbs/genie/63b_tokenizer.ipynb #309057bf
 def tokenizer_facts(
     model: VideoTokenizer,  # any
 ) -> dict:                  # plain values, for JSON
@@ -280,78 +279,26 @@ def save_tokenizer(
     about: dict | None = None,  # where it comes from: data, steps, measures
 ) -> None:
     "Weights in 16 bits, and what they belong to."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {n: v.half() if v.is_floating_point() else v for n, v in model.state_dict().items() if n not in _TRAINING_ONLY}
-    state = {n: v.detach().cpu().contiguous() for n, v in state.items()}
-    if not all(v.isfinite().all() for v in state.values()):
-        raise ValueError("some weights are not finite in 16 bits: this model cannot be stored")
-    weights, record = path.with_name(path.name + ".safetensors"), path.with_name(path.name + ".json")
-    drafts = [p.with_name(p.name + ".part") for p in (weights, record)]
-    save_file(state, drafts[0])
-    told = {"tokenizer": tokenizer_facts(model), "sha256": _sha256(drafts[0]), "about": about or {}}
-    drafts[1].write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    for draft, final in zip(drafts, (weights, record)):
-        os.replace(draft, final)
+    store_model(model, path, "tokenizer", tokenizer_facts(model), about, _TRAINING_ONLY)
 
-
-def _sha256(path):
-    "Digest of a file."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-# %% ../../nbs/genie/63b_tokenizer.ipynb #b63859a6
+# %% ../../nbs/genie/63b_tokenizer.ipynb #6d7bf19f
 def load_tokenizer(
     path: str | Path,              # without ending, as in `save_tokenizer`
     expected: dict | None = None,  # `tokenizer_facts` that it must have
 ) -> VideoTokenizer:               # in evaluation mode
     "A stored tokenizer, or an error that says what does not fit."
-    path = Path(path)
-    weights, record = path.with_name(path.name + ".safetensors"), path.with_name(path.name + ".json")
-    told = _read_record(record)
-    facts = told["tokenizer"]
-    if expected is not None and facts != json.loads(json.dumps(expected)):
-        wrong = [k for k in sorted({*facts, *expected}) if facts.get(k) != json.loads(json.dumps(expected)).get(k)]
-        raise ValueError(f"{record.name} is a tokenizer with another {', '.join(wrong)}: {[facts.get(k) for k in wrong]}, expected {[expected.get(k) for k in wrong]}")
-    if not weights.is_file() or _sha256(weights) != told["sha256"]:
-        raise ValueError(f"{weights.name} is missing, damaged, or not the one that {record.name} describes: write both again with save_tokenizer")
-    model = _from_facts(facts, record.name)
-    _fill(model, load_file(weights), weights.name)
-    return model.eval()
-
-# %% ../../nbs/genie/63b_tokenizer.ipynb #8db0e464
-def _read_record(record):
-    "The JSON beside the weights."
-    if not record.is_file():
-        raise ValueError(f"there is no file {str(record)!r}")
-    if record.stat().st_size > 100_000:
-        raise ValueError(f"{record.name} has {record.stat().st_size} bytes, over 100000: it is no record of a tokenizer")
-    try:
-        told = json.loads(record.read_text(encoding="utf-8"))
-        told["tokenizer"]["quantizer"], told["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{record.name} is no record of a tokenizer: {error!r}") from error
-    return told
+    if expected is not None:
+        facts, wanted = stored_record(path, "tokenizer")["facts"], json.loads(json.dumps(expected))
+        wrong = [k for k in sorted({*facts, *wanted}) if facts.get(k) != wanted.get(k)]
+        if wrong:
+            raise ValueError(f"{Path(path).name}.json is a tokenizer with another {', '.join(wrong)}: {[facts.get(k) for k in wrong]}, expected {[wanted.get(k) for k in wrong]}")
+    return stored_model(path, "tokenizer", _from_facts, _TRAINING_ONLY)
 
 
-def _from_facts(facts, name):
-    "A model of these sizes, checked before memory is taken."
-    try:
-        stacks = [STConfig(**facts[part]) for part in ("encoder", "decoder")]
-        numbers = sum(st_parameters(c) for c in stacks) + 6 * facts["patch"] ** 2 * max(c.width for c in stacks)
-        if numbers > 500_000_000:
-            raise ValueError(f"{numbers} parameters are more than 500 million")
-        return VideoTokenizer(*stacks, facts["patch"], facts["image"], make_quantizer(facts["quantizer"]))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name} describes no tokenizer: {error}") from error
-
-
-def _fill(model, state, name):
-    "Put stored numbers into a model of the same shapes."
-    own = {n: v for n, v in model.state_dict().items() if n not in _TRAINING_ONLY}
-    wrong = sorted({n for n in {*own, *state} if n not in own or n not in state or own[n].shape != state[n].shape})
-    if wrong:
-        raise ValueError(f"{name} does not fit its record: {', '.join(wrong[:4])}")
-    if not all(v.isfinite().all() for v in state.values()):
-        raise ValueError(f"{name} holds numbers that are not finite")
-    model.load_state_dict({n: v.to(own[n].dtype) for n, v in state.items()}, strict=False)
+def _from_facts(facts):
+    "A tokenizer of these sizes, which are bounded."
+    stacks = [STConfig(**facts[part]) for part in ("encoder", "decoder")]
+    numbers = sum(st_parameters(c) for c in stacks) + 6 * facts["patch"] ** 2 * max(c.width for c in stacks)
+    if numbers > 500_000_000:
+        raise ValueError(f"{numbers} parameters are more than 500 million")
+    return VideoTokenizer(*stacks, facts["patch"], facts["image"], make_quantizer(facts["quantizer"]))

@@ -17,7 +17,8 @@ import torch
 from machine import write_about
 from torch import nn
 
-from glasses_nb.genie.dynamics import DynamicsCache, commit_frame, dynamics_loss, make_dynamics, next_frame
+from glasses_nb.genie.decoding import DynamicsCache, commit_frame, next_frame
+from glasses_nb.genie.dynamics import Dynamics, dynamics_loss, make_dynamics
 from glasses_nb.genie.st_transformer import STBlock, STTransformer, _Attention, st_config
 
 HERE = Path(__file__).resolve().parent / "results"
@@ -43,10 +44,12 @@ def in_turn(rounds, *works):
     return [min(each) for each in zip(*([seconds(work) for work in works] for _ in range(rounds)))]
 
 
-def play(size, rounds):
+def one_frame(config, rounds, threads):
     "One more frame at the end of a full window, with and without the cache."
-    model = make_dynamics(size, codes=512, actions=6).eval()
-    T = model.net.config.frames
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = Dynamics(config, 512, 6).eval()
+    T = config.frames
     ids = torch.randint(512, (1, T, model.tokens), generator=torch.Generator().manual_seed(0))
     caches = []
     for keep in (True, False):
@@ -62,10 +65,21 @@ def play(size, rounds):
         next_frame(model, cache, 1, steps=LOOKS, temperature=0.0)
 
     cached, uncached = in_turn(rounds, *(lambda c=c: frame(c) for c in caches))
-    what = f"{size}, frame {T} of {T}, {model.tokens} tokens, {LOOKS} looks"
-    return [row("play", what, "cached", 1e3 * cached, "ms"), row("play", what, "uncached", 1e3 * uncached, "ms"),
-            row("play", what, "uncached / cached", uncached / cached, "x", f">= {0.6 * T:.1f}"),
-            row("play", what, "operations, uncached / cached", LOOKS * T / (LOOKS + 1), "x")]
+    torch.set_num_threads(1)
+    return cached, uncached
+
+
+def play(size, rounds):
+    "A frame with and without the cache, at the size asked for and at the width and tokens of the paper's case study."
+    sizes = {size: st_config(size, "dynamics"), "case-study, two blocks": replace(st_config("case-study", "dynamics"), depth=2)}
+    rows = []
+    for name, config in sizes.items():
+        for threads in (1, 2):
+            cached, uncached = one_frame(config, rounds if name == size else min(rounds, 2), threads)
+            what = f"{name}, frame {config.frames} of {config.frames}, {config.tokens} tokens, {LOOKS} looks, {threads} thread{'s' * (threads > 1)}"
+            rows += [row("play", what, "cached", 1e3 * cached, "ms"), row("play", what, "uncached", 1e3 * uncached, "ms"),
+                     row("play", what, "uncached / cached", uncached / cached, "x", f">= {0.6 * config.frames:.1f}")]
+    return [*rows, row("play", f"{LOOKS} looks, window of {config.frames}", "operations, uncached / cached", LOOKS * config.frames / (LOOKS + 1), "x")]
 
 
 class AllPairs(STBlock):

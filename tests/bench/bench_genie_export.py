@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from machine import write_about
 
-from glasses_nb.genie.dynamics import frame_logits, make_dynamics
+from glasses_nb.genie.decoding import frame_logits
+from glasses_nb.genie.dynamics import make_dynamics
 from glasses_nb.genie.export import OnnxEngine, export_game
 from glasses_nb.genie.play import ModelEngine
 from glasses_nb.genie.tokenizer import make_tokenizer

@@ -19,7 +19,8 @@ from machine import write_about
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from glasses_nb.genie.play import Player, PlayServer, SquareEngine
+from glasses_nb.genie.play import Player, SquareEngine
+from glasses_nb.genie.play_server import PlayServer
 from glasses_nb.genie.worlds import square_clips
 from glasses_nb.hub import artifact
 

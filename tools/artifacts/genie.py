@@ -37,16 +37,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from glasses_nb.genie.action_atlas import action_atlas, assign_keys, camera_motion
+from glasses_nb.genie.action_measures import measure_latent_actions, square_effects
 from glasses_nb.genie.codebooks import VectorQuantizer
-from glasses_nb.genie.dynamics import bootstrap_interval, delta_psnr, load_dynamics, make_dynamics, rollout, save_dynamics, train_dynamics
+from glasses_nb.genie.control import bootstrap_interval, delta_psnr
+from glasses_nb.genie.decoding import rollout
+from glasses_nb.genie.dynamics import load_dynamics, make_dynamics, save_dynamics, train_dynamics
 from glasses_nb.genie.latent_actions import (
     ActionRecipe,
     LatentActions,
     load_latent_actions,
     make_latent_actions,
-    measure_latent_actions,
     save_latent_actions,
-    square_effects,
     train_latent_actions,
 )
 from glasses_nb.genie.st_transformer import STConfig
@@ -91,13 +92,30 @@ def rounded(measures):
     return {name: round(value, 4) for name, value in measures.items()}
 
 
+def copies(held):
+    "What repeating an earlier frame would reach."
+    return {f"copy_lag{lag}": copy_psnr(held, lag) for lag in (1, 4)}
+
+
+def ship(name, save, model, told, history, command, found):
+    "Weights, record, curve and log of a model into the package."
+    about = dict(data="CoinRun, easy, plain; training levels 0 to 9999, held-out levels from 100000", clips=CHUNK * CHUNKS, **told)
+    DEST.mkdir(parents=True, exist_ok=True)
+    save(model, DEST / f"coinrun_{name}", about)
+    history.round(6).to_csv(DEST / f"coinrun_{name}.csv", index=False)
+    log = [f"command: .venv/bin/python tools/artifacts/genie.py {command}",
+           f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
+           f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
+    (DEST / f"coinrun_{name}.log").write_text("\n".join(log) + "\n", encoding="utf-8")
+    print("shipped:", found, flush=True)
+
+
 def tokenizer(steps=None):
     "Train, measure on held-out levels, ship."
     how = TOKENIZER | ({"steps": steps} if steps else {})
     frames, held = clips(), play(10_000, 128, held=True).frames
     few = held[::4]
-    copies = {f"copy_lag{lag}": copy_psnr(held, lag) for lag in (1, 4)}
-    print("tokenizer:", how, copies, flush=True)
+    print("tokenizer:", how, copies(held), flush=True)
     model = make_tokenizer("coinrun", how["quantizer"], seed=0)
 
     def evaluate(model):
@@ -108,8 +126,7 @@ def tokenizer(steps=None):
     history = train_tokenizer(
         model, frames, steps=how["steps"], lr=how["lr"], batch_size=how["batch_size"], warmup=how["warmup"], seed=0,
         folder=WORK / "tokenizer", save_every=200, evaluate=evaluate, evaluate_every=200, log_every=50, progress=False)
-    found = measure_tokenizer(model, held)
-    ship_tokenizer(model, how, rounded(found), copies, history)
+    ship_tokenizer(model, how, held, history, "clips tokenizer")
 
 
 def early(steps=None):
@@ -125,21 +142,13 @@ def early(steps=None):
     held = play(10_000, 128, held=True).frames
     history = train_tokenizer(model, clips(), steps=how["steps"], lr=how["lr"], batch_size=how["batch_size"], warmup=1, seed=1,
                               folder=WORK / f"early-{step}", save_every=100, log_every=50, progress=False)
-    ship_tokenizer(model, how, rounded(measure_tokenizer(model, held)), {f"copy_lag{lag}": copy_psnr(held, lag) for lag in (1, 4)}, history)
+    ship_tokenizer(model, how, held, history, f"early --steps {how['steps']}")
 
 
-def ship_tokenizer(model, how, found, copies, history):
-    "Weights, record, curve and log into the package."
-    about = dict(data="CoinRun, easy, plain; training levels 0 to 9999, held-out levels from 100000", clips=CHUNK * CHUNKS, **how,
-                 held_out=found, **{name: rounded(c) for name, c in copies.items()})
-    DEST.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(model, DEST / "coinrun_tokenizer", about)
-    history.round(6).to_csv(DEST / "coinrun_tokenizer.csv", index=False)
-    told = [f"command: .venv/bin/python tools/artifacts/genie.py {'clips tokenizer' if 'begun_at' not in how else 'early --steps %d' % how['steps']}",
-            f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
-            f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
-    (DEST / "coinrun_tokenizer.log").write_text("\n".join(told) + "\n", encoding="utf-8")
-    print("shipped:", found, flush=True)
+def ship_tokenizer(model, how, held, history, command):
+    "Measure a tokenizer on held-out levels, and ship it."
+    found = rounded(measure_tokenizer(model, held))
+    ship("tokenizer", save_tokenizer, model, how | dict(held_out=found, **{name: rounded(c) for name, c in copies(held).items()}), history, command, found)
 
 
 def actions(steps=None):
@@ -160,17 +169,9 @@ def actions(steps=None):
     history = train_latent_actions(
         model, frames, steps=how["steps"], recipe=recipe, lr=how["lr"], batch_size=how["batch_size"], warmup=how["warmup"], seed=0,
         folder=WORK / f"actions-{how['steps']}", save_every=every, evaluate=evaluate, evaluate_every=every, log_every=every, progress=False)
-    found = measure_latent_actions(model, held.frames, keys)
-    about = dict(data="CoinRun, easy, plain; training levels 0 to 9999, held-out levels from 100000", clips=CHUNK * CHUNKS, **how,
-                 held_out=rounded(found), truth="keys, in six groups", copy=rounded(copy_psnr(held.frames)))
-    DEST.mkdir(parents=True, exist_ok=True)
-    save_latent_actions(model, DEST / "coinrun_actions", about)
-    history.round(6).to_csv(DEST / "coinrun_actions.csv", index=False)
-    told = ["command: .venv/bin/python tools/artifacts/genie.py clips actions",
-            f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
-            f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
-    (DEST / "coinrun_actions.log").write_text("\n".join(told) + "\n", encoding="utf-8")
-    print("shipped:", rounded(found), flush=True)
+    found = rounded(measure_latent_actions(model, held.frames, keys))
+    more = dict(held_out=found, truth="keys, in six groups", copy=rounded(copy_psnr(held.frames)))
+    ship("actions", save_latent_actions, model, how | more, history, "clips actions", found)
 
 
 def tokens():
@@ -216,14 +217,7 @@ def dynamics(steps=None):
     DEST.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(table).to_csv(DEST / "coinrun_gaps.csv", index=False)
     found = {f"{draw}_{t}": [round(v, 3) for v in bootstrap_interval(rows.gap)] for (t, draw), rows in pd.DataFrame(table).groupby(["horizon", "draw"])}
-    about = dict(data="CoinRun, easy, plain; training levels 0 to 9999, held-out levels from 100000", clips=len(ids), **how, play=PLAY, delta_psnr=found)
-    save_dynamics(model, DEST / "coinrun_dynamics", about)
-    history.round(6).to_csv(DEST / "coinrun_dynamics.csv", index=False)
-    told = ["command: .venv/bin/python tools/artifacts/genie.py tokens dynamics legend",
-            f"python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "envpool")),
-            f"{platform.machine()}, one thread", "", json.dumps(about, indent=1)]
-    (DEST / "coinrun_dynamics.log").write_text("\n".join(told) + "\n", encoding="utf-8")
-    print("shipped:", found, flush=True)
+    ship("dynamics", save_dynamics, model, how | dict(play=PLAY, delta_psnr=found), history, "tokens dynamics legend", found)
 
 
 def legend(starts=64, hold=3):

@@ -1,4 +1,4 @@
-"""The long run behind page 68, behaviour cloning from latent actions on CoinRun: `.venv/bin/python tools/artifacts/genie_cloning.py`.
+"""The long run behind pages 68 and 68b, behaviour cloning from latent actions on CoinRun: `.venv/bin/python tools/artifacts/genie_cloning.py`.
 
 Stages, each of which goes on where it was stopped; name some to run only those:
 
@@ -36,16 +36,14 @@ from safetensors.torch import load_file, save_file
 from glasses_nb.genie.cloning import (
     CloneAgent,
     ClonePolicy,
-    CoinRunLevels,
     KeyAgent,
     action_chances,
     code_dictionary,
-    fastest_tries,
     label_videos,
     play_games,
-    replay_tries,
     train_clone,
 )
+from glasses_nb.genie.cloning_coinrun import CoinRunLevels, fastest_tries, replay_tries
 from glasses_nb.genie.latent_actions import load_latent_actions
 from glasses_nb.genie.worlds import COINRUN_ACTIONS, COINRUN_WEIGHTS
 

@@ -25,13 +25,14 @@ import torch
 from glasses_nb.genie.action_count import code_bits, code_table, effect_bits, effect_given_code, effect_share, free_moves, matched_share, next_frame_bits, square_ids
 from glasses_nb.genie.codebooks import VectorQuantizer
 from glasses_nb.genie.dynamics import Dynamics, Masking, train_dynamics
-from glasses_nb.genie.latent_actions import ActionRecipe, LatentActions, load_latent_actions, measure_latent_actions, save_latent_actions, square_effects, train_latent_actions
+from glasses_nb.genie.action_measures import measure_latent_actions, square_effects
+from glasses_nb.genie.latent_actions import ActionRecipe, LatentActions, load_latent_actions, save_latent_actions, train_latent_actions
 from glasses_nb.genie.st_transformer import STConfig
 from glasses_nb.genie.worlds import SquareWorld, square_clips
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = SquareWorld(agent=8, blocks=2)
-COUNTS, SEEDS, STEPS = (5, 1, 3, 8, 4, 6, 2, 16, 12), 2, 400
+COUNTS, SEEDS, STEPS = (5, 1, 3, 8, 4, 6, 2, 16, 12), 3, 400
 PLAYED, PLAY_STEPS = (5, 1, 3, 8, 16), 1500
 
 

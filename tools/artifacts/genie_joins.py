@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from glasses_nb.genie.dynamics import JOINS, Dynamics, Masking, code_gap, dynamics_loss, train_dynamics
+from glasses_nb.genie.control import code_gap
+from glasses_nb.genie.dynamics import JOINS, Dynamics, Masking, dynamics_loss, train_dynamics
 from glasses_nb.genie.joins import SourceDynamics, action_ratio, one_look
 from glasses_nb.genie.st_transformer import STConfig
 from glasses_nb.genie.worlds import SquareWorld, square_clips
