@@ -125,7 +125,7 @@ def test_shipped_files_are_in_the_wheel(core_env):
     }
     missing = sorted(str(p) for p in shipped if not (installed / p).exists())
     assert not missing
-    assert sum((tree / p).stat().st_size for p in shipped) < 25e6
+    assert sum((tree / p).stat().st_size for p in shipped) < 30e6  # all six papers
 
 
 def test_help_answers_at_once(core_env):
