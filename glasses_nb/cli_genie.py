@@ -894,19 +894,20 @@ def strip_frames(
         wide = np.asarray(picture.convert("RGB"))
     return np.stack(np.split(wide, wide.shape[1] // size, axis=1))
 
-# %% ../nbs/96_cli_genie.ipynb #b2d9333c
+# %% ../nbs/96_cli_genie.ipynb #caed4d74
 def play_world(
     world: str | None = None,  # square, coinrun or layers; None: CoinRun if its model is shipped
 ) -> tuple:  # the world; its tokenizer and dynamics, or None and None for a world by its own rule
     "What is played where no model is named."
-    known = {"coinrun": ("coinrun", "genie"), "layers": ("parallax", "genie_parallax")}  # name of the files, and who makes them
-    name, maker = known["coinrun" if world is None else world] if world != "square" else ("", "")
-    found = [_shipped(f"{name}_{part}.json") for part in ("tokenizer", "dynamics")]
-    if world == "square" or (world is None and None in found):
+    if world == "square":
         return "square", None, None
-    if None in found:
-        raise OSError(f"no model of {world} is shipped with this installation: make artifacts PAPER={maker} makes one; --world square needs none")
-    return world or "coinrun", *found
+    name, maker = {"coinrun": ("coinrun", "genie"), "layers": ("parallax", "genie_parallax")}[world or "coinrun"]  # of the files, and who makes them
+    found = [_shipped(f"{name}_{part}.json") for part in ("tokenizer", "dynamics")]
+    if None not in found:
+        return world or "coinrun", *found
+    if world is None:
+        return "square", None, None
+    raise OSError(f"no model of {world} is shipped with this installation: make artifacts PAPER={maker} makes one; --world square needs none")
 
 # %% ../nbs/96_cli_genie.ipynb #6f3d364a
 def action_names(

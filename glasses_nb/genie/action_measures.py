@@ -15,7 +15,7 @@ from .latent_actions import LatentActions, copy_units
 from .tokenizer import as_floats
 from .worlds import psnr
 
-# %% ../../nbs/genie/64a_action_measures.ipynb #ebf70d74
+# %% ../../nbs/genie/64a_action_measures.ipynb #39ea93cc
 def action_nmi(
     codes,    # whole numbers from 0, any shape
     effects,  # whole numbers from 0, the same shape
@@ -30,7 +30,7 @@ def action_nmi(
     ha, hb = entropy(joint.sum(1)), entropy(joint.sum(0))
     return float(max(0.0, 2 * (ha + hb - entropy(joint.ravel())) / (ha + hb))) if ha + hb > 0 else 0.0
 
-
+# %% ../../nbs/genie/64a_action_measures.ipynb #d38804ec
 def nmi_threshold(
     codes,               # (C, S), whole numbers from 0
     effects,             # (C, S)
@@ -45,7 +45,7 @@ def nmi_threshold(
     rng = np.random.default_rng(seed)
     return float(np.quantile([action_nmi(codes, effects[rng.permutation(len(effects))]) for _ in range(times)], level))
 
-
+# %% ../../nbs/genie/64a_action_measures.ipynb #401e7c9c
 def square_effects(
     states: np.ndarray,        # (C, T, 2) of the square world, (row, column) in pixels
     size: int | None = None,   # pixels of a side of a torus; None: there are walls

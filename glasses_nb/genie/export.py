@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAME_VERSION', 'GAME_OPSET', 'game_facts', 'export_game', 'read_game', 'fill_tokens', 'OnnxEngine']
 
-# %% ../../nbs/genie/69_export.ipynb #91339931
+# %% ../../nbs/genie/69_export.ipynb #3600e0a4
 import contextlib
 import copy
 import hashlib
@@ -24,7 +24,7 @@ from torch import nn
 
 from .decoding import _heat, mask_counts
 from .dynamics import Dynamics
-from .play import ModelEngine, _check_frame, _check_whole
+from .play import ModelEngine, _check_frame, _check_whole, _room
 from .tokenizer import VideoTokenizer, from_patches
 from ..hub import require
 
@@ -364,15 +364,7 @@ class _Slots(_Looks):
             entry = (fill_tokens(look, self.facts["tokens"], self.facts["codes"], rng=rng, **decoding), code)
             return entry, self.add(entry)
 
-# %% ../../nbs/genie/69_export.ipynb #f037facf
-def _with_room(entries, window):
-    "Frames before the next one; of a full window the newest half, the first without its action."
-    if len(entries) < window:
-        return entries
-    first, *others = entries[-(window // 2):]
-    return ((first[0], None), *others)
-
-
+# %% ../../nbs/genie/69_export.ipynb #b1eae97b
 class _StoredGame:
     "A game on disk, checked and ready to run."
 
@@ -385,7 +377,7 @@ class _StoredGame:
         self.size, self.window = self.facts["size"], self.facts["window"]
         self.names = tuple(self.facts["names"]) or ("",) * self.facts["actions"]
 
-# %% ../../nbs/genie/69_export.ipynb #32020edd
+# %% ../../nbs/genie/69_export.ipynb #f6a1506b
 class OnnxEngine(_StoredGame):
     "A stored game, played by onnxruntime and NumPy."
 
@@ -412,7 +404,7 @@ class OnnxEngine(_StoredGame):
         code = _check_whole(code, "an action", len(self.names))
         if self._slots is None:
             raise ValueError("there is no frame yet: begin with a picture")
-        entries, rng = _with_room(self._entries, self.window), np.random.default_rng([self._seed, self._time])
+        entries, rng = _room(self._entries, self.window), np.random.default_rng([self._seed, self._time])
         entry, picture = self._slots.grow(entries, code, rng, self.decoding)
         self._entries, self._time = (*entries, entry), self._time + 1
         return picture

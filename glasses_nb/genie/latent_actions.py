@@ -40,7 +40,7 @@ class _Patches(nn.Module):
         around = F.pad(pixels, (self.margin,) * 4, mode="replicate")
         return self.linear(around).flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])
 
-# %% ../../nbs/genie/64_latent_actions.ipynb #b1ce2244
+# %% ../../nbs/genie/64_latent_actions.ipynb #e02172f3
 def _check_sizes(encoder, decoder, patch, image, margin):
     "Refuse stacks that do not fit the frames or each other."
     if not isinstance(patch, int) or patch < 1 or len(image) != 2 or any(s < 1 or s % patch for s in image):
@@ -53,7 +53,7 @@ def _check_sizes(encoder, decoder, patch, image, margin):
     if not isinstance(margin, int) or not 0 <= margin <= patch:
         raise ValueError(f"margin must be a whole number in [0, {patch}], got {margin!r}")
 
-
+# %% ../../nbs/genie/64_latent_actions.ipynb #02b4f1b5
 class LatentActions(nn.Module):
     "Names the step between two frames by a code, and makes the second frame from the first and the code."
 
@@ -196,7 +196,7 @@ def shifted_clips(
     clip, time = torch.arange(B)[:, None, None, None], torch.arange(T)[:, None, None]
     return x[clip.to(x.device), time.to(x.device), rows[:, None, :, None].to(x.device), columns[:, None, None, :].to(x.device)]
 
-# %% ../../nbs/genie/64_latent_actions.ipynb #e6d8b98f
+# %% ../../nbs/genie/64_latent_actions.ipynb #45630731
 def _unquantised(quantizer, e, noise=0.2):
     "Encodings in the range of codes, with noise, in place of codes."
     unit = isinstance(quantizer, VectorQuantizer) and quantizer.unit
@@ -214,7 +214,7 @@ def _grouped(e, book, unit, rounds=10):
         book = torch.where(count > 0, means, book)
     return book, float((e - book[nearest_code(e, book)]).square().sum(1).mean())
 
-
+# %% ../../nbs/genie/64_latent_actions.ipynb #07ed83ab
 @torch.no_grad()
 def spread_codes(
     e: torch.Tensor,    # (M, d), encodings
@@ -245,7 +245,7 @@ def _quantise_from_here(model, views):
         q.codebook.copy_(spread_codes(e, q.size, q.unit, seed=q.seed))
         q.steps.clamp_(min=1)  # it need not place them itself
 
-# %% ../../nbs/genie/64_latent_actions.ipynb #467bbd63
+# %% ../../nbs/genie/64_latent_actions.ipynb #1fca62a1
 @dataclass(frozen=True)
 class ActionRecipe:
     "How a latent action model is trained."
@@ -266,7 +266,7 @@ class ActionRecipe:
         if not 0 <= self.free < 1:
             raise ValueError(f"free must lie in [0, 1), got {self.free}")
 
-
+# %% ../../nbs/genie/64_latent_actions.ipynb #a3b3960c
 def copy_units(
     made: torch.Tensor,    # (..., H, W, 3), predicted
     truth: torch.Tensor,   # the same shape
@@ -288,7 +288,7 @@ def uneven_use(
     mean = torch.softmax(-torch.cdist(e, c).square() / 0.5, -1).mean(0)
     return math.log(len(codebook)) - torch.special.entr(mean).sum()
 
-# %% ../../nbs/genie/64_latent_actions.ipynb #9f2f5d73
+# %% ../../nbs/genie/64_latent_actions.ipynb #263517d0
 class _FramesOnly(Dataset):
     "Rows of frames, whatever holds them: `FrameClips`, `Clips`, an array, a store."
 
@@ -302,7 +302,7 @@ class _FramesOnly(Dataset):
         row = self.clips[i]
         return torch.from_numpy(np.array(row["frames"] if isinstance(row, dict) else row))
 
-
+# %% ../../nbs/genie/64_latent_actions.ipynb #073ae72f
 def latent_action_loss(
     model: LatentActions,    # in training
     frames: torch.Tensor,    # (B, T, H, W, 3)
@@ -323,7 +323,7 @@ def latent_action_loss(
     error = copy_units(made, shown[:, 1:], shown[:, :-1], recipe.changed * max(0.0, 1 - done / (0.7 * steps)))
     return error if done < switch else error + q.loss + recipe.balance * uneven_use(e, own.codebook())
 
-
+# %% ../../nbs/genie/64_latent_actions.ipynb #4a01d3e2
 def train_latent_actions(
     model: LatentActions,        # trained in place
     clips,                       # frames to learn from: `FrameClips`, or rows (T, H, W, 3) of uint8
