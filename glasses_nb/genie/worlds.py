@@ -20,7 +20,7 @@ import numpy as np
 
 from ..hub import require
 
-# %% ../../nbs/genie/61_worlds.ipynb #02bce4af
+# %% ../../nbs/genie/61_worlds.ipynb #8643b1ef
 def _check_frames(frames):
     "Refuse what is not a batch of RGB clips of at least two frames."
     shape = getattr(frames, "shape", None)
@@ -61,7 +61,7 @@ class Clips:
         "The frames alone: all that a model may learn from."
         return FrameClips(np.array(self.frames))
 
-
+# %% ../../nbs/genie/61_worlds.ipynb #f0b4cf14
 class FrameClips:
     "Frames as a dataset; it holds no actions and no states."
     __slots__ = ("_frames",)
@@ -194,7 +194,7 @@ def film_strip(
         ax.spines[:].set_visible(False)
     return axes
 
-# %% ../../nbs/genie/61_worlds.ipynb #85524651
+# %% ../../nbs/genie/61_worlds.ipynb #fd35dc9b
 def _load_qt():
     "Put Qt's Core and Gui into the process, from the wheel if it is installed."
     if not sys.platform.startswith("linux"):
@@ -211,7 +211,7 @@ def _load_qt():
 
 _MODES = {"easy": "CoinrunEasy-v0", "hard": "CoinrunHard-v0"}
 
-
+# %% ../../nbs/genie/61_worlds.ipynb #6f81a4c0
 def coinrun_games(
     players: int = 16,       # games side by side
     seed: int = 0,           # of the levels' order
@@ -234,7 +234,7 @@ def coinrun_games(
         _MODES[mode], env_type="gymnasium", num_envs=players, seed=seed, num_threads=threads,
         start_level=first_level, num_levels=levels, **look)
 
-# %% ../../nbs/genie/61_worlds.ipynb #99aca031
+# %% ../../nbs/genie/61_worlds.ipynb #12cafb67
 COINRUN_ACTIONS = ("left+down", "left", "left+up", "down", "none", "up", "right+down", "right", "right+up", "d", "a", "w", "s", "q", "e")
 COINRUN_WEIGHTS = (0, 2, 1, 0.5, 1, 1, 0, 4, 3, 0, 0, 0, 0, 0, 0)  # sticky and to the right
 
@@ -252,7 +252,7 @@ def _play(games, actions):
         first[t] = info["elapsed_step"] == 0
     return frames.transpose(0, 1, 3, 4, 2), level, first
 
-
+# %% ../../nbs/genie/61_worlds.ipynb #342dd26c
 def coinrun_clips(
     count: int,                  # clips
     length: int = 16,            # frames of a clip, from 2
@@ -329,7 +329,7 @@ def copy_psnr(
     error = np.square((frames[:, lag:].astype(np.float32) - frames[:, :-lag]) / 255).mean()
     return {"mean": float(each.mean()), "pooled": float(-10 * np.log10(max(error, 1e-10)))}
 
-# %% ../../nbs/genie/61_worlds.ipynb #d2dfe743
+# %% ../../nbs/genie/61_worlds.ipynb #739cf650
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _VIDEOS = (".gif", ".mp4", ".webm", ".mkv", ".avi", ".mov")
 _MOST_PIXELS = 64_000_000
@@ -367,7 +367,7 @@ def _video_frames(path, size, most):
             break
     return np.stack(frames)
 
-
+# %% ../../nbs/genie/61_worlds.ipynb #ef865c98
 def read_frames(
     path: str | Path,    # a picture, an animation or a video
     size: int = 64,      # pixels of a side, 1 to 1024
@@ -389,7 +389,7 @@ def read_frames(
     except Exception as error:  # whatever a decoder says of a damaged file
         raise ValueError(f"{path.name!r} cannot be read as a picture or video: {error}") from error
 
-
+# %% ../../nbs/genie/61_worlds.ipynb #62002fce
 def folder_clips(
     folder: str | Path,  # with videos, and folders of pictures in the order of their names
     length: int = 16,    # frames of a clip, from 2
